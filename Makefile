@@ -1,0 +1,80 @@
+# `make` prints what there is. Everything runs in $(VENV), which the first target that needs it creates.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Small networks are fastest on one thread each; the cores go to tests side by side instead.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+.PHONY: help install quickstart test test-fast lint type format notebooks docs bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
+		while IFS=$$'\t' read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
+
+install: $(STAMP) ## create .venv and install everything into it (once, and again when the requirements change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		python="$${PYTHON:-}"; \
+		for candidate in python3 python3.13 python3.12 python3.11; do \
+			[ -n "$$python" ] && break; \
+			$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+				&& python=$$candidate || true; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "Python 3.11, 3.12 or 3.13 is needed, found: $$(python3 --version 2>&1 || true)." >&2; \
+			echo "Install one of them, or say where it is: make PYTHON=/path/to/python3.12 install" >&2; \
+			exit 1; \
+		fi; \
+		$$python -m venv $(VENV); \
+	fi
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(VENV) holds $$($(BIN)/python --version); Python 3.11 to 3.13 is needed: rm -r $(VENV) and make again" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	@touch $@
+
+quickstart: $(STAMP) ## two networks x (dense, half, a quarter of the MACs) on digits, and a table (minutes)
+	$(BIN)/lightning-compress sweep=quickstart
+
+test: $(STAMP) ## everything that must hold before a change goes in: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slow"
+
+test-fast: $(STAMP) ## the tests alone, until the first failure
+	$(PYTEST) -m "not slow" -x -q
+
+lint: $(STAMP) ## ruff: style and docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## mypy --strict on the package
+	$(BIN)/mypy
+
+format: $(STAMP) ## ruff: rewrite what can be rewritten
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(STAMP) ## run every notebook from top to bottom
+	@if compgen -G "notebooks/*.ipynb" > /dev/null; then $(BIN)/python -m pytest --nbmake notebooks; \
+		else echo "There are no notebooks yet."; fi
+
+docs: ## where the documentation is
+	@if compgen -G "docs/*.md" > /dev/null; then ls docs/*.md; \
+		else echo "There is no documentation yet besides README.md and the docstrings."; fi
+
+bench: $(STAMP) ## the benchmarks, in their short form
+	@if compgen -G "benchmarks/*.py" > /dev/null; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"; \
+		for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark --quick; done; \
+		else echo "There are no benchmarks yet."; fi
+
+clean: ## remove what was built or cached; results in outputs/ and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -print0 | xargs -0 rm -rf

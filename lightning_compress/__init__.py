@@ -1,0 +1,65 @@
+"""Compression of convolutional networks as Lightning callbacks: really smaller, honestly measured.
+
+Example:
+    >>> import lightning_compress
+    >>> lightning_compress.Budget(macs=0.5).macs
+    0.5
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_compress.artifact import load_compressed, save_compressed
+    from lightning_compress.budget import Budget
+    from lightning_compress.callbacks.base import load_from_checkpoint
+    from lightning_compress.callbacks.pruning import ChannelPruning
+    from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.edits import apply_edits, history
+    from lightning_compress.footprint import Footprint, measure
+    from lightning_compress.methods.pruning import prune_channels
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "ChannelPruning",
+    "CompressionReport",
+    "Footprint",
+    "apply_edits",
+    "history",
+    "load_compressed",
+    "load_from_checkpoint",
+    "measure",
+    "prune_channels",
+    "save_compressed",
+]
+
+# Names load where they are first used (PEP 562): whoever only loads an artifact pays for no Trainer.
+_HOMES = {
+    "Budget": "lightning_compress.budget",
+    "ChannelPruning": "lightning_compress.callbacks.pruning",
+    "CompressionReport": "lightning_compress.callbacks.report",
+    "Footprint": "lightning_compress.footprint",
+    "apply_edits": "lightning_compress.edits",
+    "history": "lightning_compress.edits",
+    "load_compressed": "lightning_compress.artifact",
+    "load_from_checkpoint": "lightning_compress.callbacks.base",
+    "measure": "lightning_compress.footprint",
+    "prune_channels": "lightning_compress.methods.pruning",
+    "save_compressed": "lightning_compress.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

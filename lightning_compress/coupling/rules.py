@@ -1,0 +1,353 @@
+"""What each aten op does to the labels of its arguments: arithmetic.
+
+Arithmetic unites, movement (`movement.py`) rearranges, and an op without a rule freezes everything it touches: an op
+nobody has taught costs compression, never correctness. A rule must carry, unite or freeze each labelled dim of each
+argument; a dim it drops without a word would be a hole in the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_compress.coupling.labels import KERNEL, Labels, Vector
+from lightning_compress.coupling.trace import Op, Tracer
+
+__all__ = ["RULES", "Rule", "label_outputs", "rule"]
+
+Rule = Callable[[Tracer, Op], Sequence[Labels]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for aten ops, by name without overload; in-place variants (`relu_`) share it."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def label_outputs(tracer: Tracer, op: Op) -> list[Labels]:
+    """The labels of what `op` returned, by the rule of its name; without one, its arguments are frozen."""
+    if not any(op.inputs):
+        return [{} for _ in op.outs]
+    name = op.name
+    found = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if found is None and _pointwise(op):
+        found = elementwise
+    if found is None:
+        for labels in op.inputs:
+            tracer.freeze(labels, f"reaches {op.where}, for which there is no rule")
+        return [{} for _ in op.outs]
+    outputs = list(found(tracer, op))
+    return outputs + [{}] * (len(op.outs) - len(outputs))
+
+
+def _pointwise(op: Op) -> bool:
+    if torch.Tag.pointwise in op.func.tags:
+        return True
+    # In-place overloads are not all tagged; what they do is what their functional twin does.
+    twin = getattr(torch.ops.aten, op.name.removesuffix("_"), None)
+    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor argument; () for anything else."""
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def size(value: Tensor, dim: int) -> int:
+    """The size of a dim as a plain integer."""
+    return int(value.shape[dim])
+
+
+def broadcast(tracer: Tracer, op: Op, tensors: Sequence[Tensor], shape: Sequence[int]) -> Labels:
+    """Labels of an elementwise result of `shape`: aligned from the last dim, united where several meet."""
+    labels: Labels = {}
+    for dim, extent in enumerate(shape):
+        meeting: list[Vector | None] = []
+        for tensor in tensors:
+            own = dim - len(shape) + tensor.dim()
+            if own < 0:
+                continue
+            vector = tracer.of(tensor).get(own)
+            if tensor.shape[own] == extent and extent > 1:
+                meeting.append(vector)
+            elif vector is not None:
+                tracer.space.freeze(vector, f"is broadcast by {op.where}")
+        joined = tracer.join(op, *meeting)
+        if joined is not None:
+            labels[dim] = joined
+    return labels
+
+
+@rule("_to_copy", "_prelu_kernel", "native_dropout", "alias", "detach", "lift_fresh", "hardswish", "hardtanh", "copy",
+      "rrelu_with_noise", "bernoulli", "masked_fill", "fill", "zero", "normal", "uniform", "contiguous", "dropout")  # fmt: skip
+def elementwise(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Ops that work on each element alone."""
+    tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
+    tensors += [a for group in op.args if isinstance(group, list | tuple) for a in group if isinstance(a, Tensor)]
+    return [broadcast(tracer, op, tensors, out.shape) for out in op.outs]
+
+
+@rule("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros",
+      "new_ones", "new_full", "new_empty_strided")  # fmt: skip
+def like(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Constants shaped after a tensor: taken to follow its sizes where they are the same."""
+    source, out = op.args[0], op.outs[0]
+    same = source.dim() == out.dim()
+    return [{d: v for d, v in tracer.of(source).items() if same and source.shape[d] == out.shape[d]}]
+
+
+@rule("convolution", "_convolution", "convolution_overrideable", "cudnn_convolution", "mkldnn_convolution")
+def convolution(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Convolution, transposed or not, of any rank and number of groups."""
+    x, weight, bias = op.args[:3]
+    transposed, groups, out = op.args[6], op.args[8], op.outs[0]
+    x_labels, w_labels = tracer.of(x), tracer.of(weight)
+    tracer.freeze(x_labels, f"batch or space of {op.where}", [0, *range(2, x.dim())])
+    tracer.freeze(w_labels, KERNEL, range(2, weight.dim()))
+    channels = x_labels.get(1)
+    inner, outer = (0, 1) if transposed else (1, 0)  # weight is (out, in / groups, ...) or (in, out / groups, ...)
+    w_in, w_out = w_labels.get(inner), w_labels.get(outer)
+    in_group, out_group = size(x, 1) // groups, size(out, 1) // groups
+    if groups == 1:
+        if size(x, 1) > 1:
+            tracer.join(op, channels, w_in)
+        produced = w_out
+    elif in_group == 1 or out_group == 1:
+        produced = _whole_groups(tracer, op, channels, w_in, w_out)
+    else:
+        produced = _balanced_groups(tracer, op, channels, w_in, w_out)
+    if bias is not None and size(out, 1) > 1:
+        produced = tracer.join(op, produced, tracer.of(bias).get(0))
+    space = x if transposed else out
+    positions = size(x, 0) * math.prod(space.shape[2:]) * math.prod(weight.shape[2:])
+    tracer.count(positions, (w_labels.get(0), size(weight, 0)), (w_labels.get(1), size(weight, 1)))
+    return [{} if produced is None else {1: produced}]
+
+
+def _whole_groups(
+    tracer: Tracer, op: Op, channels: Vector | None, w_in: Vector | None, w_out: Vector | None
+) -> Vector | None:
+    """Depthwise and its kin: a group has one channel on one side, so a group goes as a whole."""
+    weight, transposed, groups = op.args[1], op.args[6], op.args[8]
+    if transposed:  # (in, out / groups): the dim of the outputs is shared by all groups and stays
+        if w_out is not None:
+            tracer.space.freeze(w_out, f"shared by all groups of {op.where}")
+        grouped, per_group = w_in, size(weight, 0) // groups
+    else:
+        if w_in is not None:
+            tracer.space.freeze(w_in, f"shared by all groups of {op.where}")
+        grouped, per_group = w_out, size(weight, 0) // groups
+    if channels is None or grouped is None:
+        tracer.join(op, *(v for v in (channels, grouped) if v is not None), None)
+        return None
+    own = tracer.repeat(grouped.reshape(groups, per_group).T)
+    met = tracer.repeat(channels.reshape(groups, -1).T)
+    tracer.space.unite(own, met)
+    tracer.hold(op, "groups", met)
+    if transposed:
+        return met.repeat(size(op.outs[0], 1) // groups)
+    return grouped
+
+
+def _balanced_groups(
+    tracer: Tracer, op: Op, channels: Vector | None, w_in: Vector | None, w_out: Vector | None
+) -> Vector | None:
+    """The number of groups stays; each loses the same channels, so the groups are united position by position."""
+    transposed, groups = op.args[6], op.args[8]
+    produced: Vector | None
+    if transposed:  # weight (in, out / groups)
+        first = None if w_in is None else tracer.repeat(w_in.reshape(groups, -1))
+        produced = None if w_out is None else np.tile(w_out, groups)
+    else:  # weight (out, in / groups)
+        first = w_in
+        if w_out is not None:
+            tracer.repeat(w_out.reshape(groups, -1))
+        produced = w_out
+    tracer.join(op, first, None if channels is None else tracer.repeat(channels.reshape(groups, -1)))
+    return produced
+
+
+@rule("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
+def matmul(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Matrix products: what is summed over is united, the rest is carried; a bias broadcasts onto the result."""
+    bias, (a, b) = (op.args[0], op.args[1:3]) if op.name in ("addmm", "baddbmm", "addmv") else (None, op.args[:2])
+    a_labels, b_labels, out = tracer.of(a), tracer.of(b), op.outs[0]
+    inner_a, inner_b = a.dim() - 1, max(b.dim() - 2, 0)
+    if size(a, inner_a) > 1:
+        tracer.join(op, a_labels.get(inner_a), b_labels.get(inner_b))
+    labels: Labels = {}
+    if a.dim() == 3 and size(a, 0) > 1:
+        batch = tracer.join(op, a_labels.get(0), b_labels.get(0))
+        labels |= {} if batch is None else {0: batch}
+    if a.dim() > 1 and a.dim() - 2 in a_labels:
+        labels[a.dim() - 2] = a_labels[a.dim() - 2]
+    if b.dim() > 1 and b.dim() - 1 in b_labels:
+        labels[out.dim() - 1] = b_labels[b.dim() - 1]
+    factors = [(a_labels.get(d), size(a, d)) for d in range(a.dim())]
+    if b.dim() > 1:
+        factors.append((b_labels.get(b.dim() - 1), size(b, b.dim() - 1)))
+    tracer.count(1.0, *factors)
+    if bias is not None:
+        _add_bias(tracer, op, labels, bias)
+    return [labels]
+
+
+def _add_bias(tracer: Tracer, op: Op, labels: Labels, bias: Tensor) -> None:
+    out = op.outs[0]
+    for own, vector in tracer.of(bias).items():
+        dim = own - bias.dim() + out.dim()
+        joined = tracer.join(op, labels.get(dim), vector)
+        if joined is not None:
+            labels[dim] = joined
+    for dim, vector in labels.items():
+        own = dim - out.dim() + bias.dim()
+        if own >= 0 and bias.shape[own] > 1 and own not in tracer.of(bias):
+            tracer.join(op, vector, None)
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+      "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm_with_update")  # fmt: skip
+def batch_norm(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Batch norm: affine parameters and running statistics go with the channels."""
+    x = op.args[0]
+    labels = dict(tracer.of(x))
+    vectors = [tracer.of(a).get(0) for a in op.args[1:] if isinstance(a, Tensor) and size(x, 1) > 1]
+    joined = tracer.join(op, labels.get(1), *vectors) if size(x, 1) > 1 else None
+    if joined is not None:
+        labels[1] = joined
+    op.restricted = any(d != 1 for d in labels)  # statistics over channels, as in weight standardisation
+    statistics: Labels = {} if joined is None else {0: joined}
+    return [labels, *(statistics if shape_of(out) == (size(x, 1),) else {} for out in op.outs[1:])]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "layer_norm")
+def layer_norm(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Layer norm over the last dims: it stays a norm, over the channels that are left."""
+    x, normalized = op.args[:2]
+    labels = dict(tracer.of(x))
+    first = x.dim() - len(normalized)
+    for own in range(len(normalized)):
+        affine = [a for a in op.args[2:4] if isinstance(a, Tensor)]
+        if normalized[own] > 1:
+            joined = tracer.join(op, labels.get(first + own), *(tracer.of(a).get(own) for a in affine))
+            labels |= {} if joined is None else {first + own: joined}
+    inside = [labels[d] for d in sorted(labels) if d >= first]
+    op.restricted = bool(inside)
+    if len(inside) == len(normalized):
+        tracer.hold(op, "normalized_shape", *inside)
+    elif inside:
+        tracer.freeze(labels, f"part of the shape that {op.where} normalises", range(first, x.dim()))
+    outer = {d: v for d, v in labels.items() if d < first}
+    return [labels, *(outer for _ in op.outs[1:])]
+
+
+@rule("native_group_norm")
+def group_norm(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Group norm: with one group the norm goes on over the channels left; with several a group goes as a whole."""
+    x, weight, bias, groups = op.args[0], op.args[1], op.args[2], op.args[6]
+    labels = dict(tracer.of(x))
+    vectors = [tracer.of(a).get(0) for a in (weight, bias) if a is not None]
+    joined = tracer.join(op, labels.get(1), *vectors) if size(x, 1) > 1 else None
+    tracer.freeze(labels, f"batch or space of {op.where}", [d for d in labels if d != 1])
+    if joined is None:
+        return [labels]
+    if groups > 1:
+        tracer.hold(op, "num_groups", tracer.repeat(joined.reshape(groups, -1).T))
+    op.restricted = groups == 1
+    return [labels | {1: joined}]
+
+
+@rule("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",
+      "prod", "logsumexp", "any", "all", "argmax", "argmin", "nansum", "aminmax")  # fmt: skip
+def reduction(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Reductions: over data, labels are carried; over channels, the op goes on over those that are left."""
+    x = op.args[0]
+    if op.name in ("max", "min") and len(op.args) > 1 and isinstance(op.args[1], Tensor):
+        return elementwise(tracer, op)
+    names = [argument.name for argument in op.func._schema.arguments]
+    arguments = dict(zip(names, op.args, strict=False)) | op.kwargs
+    given = arguments.get("dim")
+    dims = list(range(x.dim())) if given in (None, []) else [given] if isinstance(given, int) else list(given)
+    dims = [d % max(x.dim(), 1) for d in dims]
+    labels = tracer.of(x)
+    if any(d in labels for d in dims):
+        if op.name in ("argmax", "argmin", "max", "min") and given is not None:  # the index of a channel is a number
+            tracer.freeze(labels, f"is indexed by {op.where}", dims)
+        op.restricted = True
+    keepdim = bool(arguments.get("keepdim", False))
+    kept = {
+        d if keepdim else d - sum(r < d for r in dims): vector for d, vector in labels.items() if d not in dims
+    }
+    return [kept for _ in op.outs]
+
+
+@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "softmax", "log_softmax")
+def along(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Ops that mix the elements of one dim and keep its size."""
+    x, dim = op.args[0], op.args[1] % max(op.args[0].dim(), 1)
+    tracer.freeze(tracer.of(x), f"{op.where} runs over it", [dim])
+    return [tracer.of(x) for _ in op.outs]
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+      "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
+def attention(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Fused attention: only the value's channels can go; the scale may depend on those of query and key."""
+    query, key, value = op.args[:3]
+    tracer.freeze(tracer.of(query), f"query of {op.where}")
+    tracer.freeze(tracer.of(key), f"key of {op.where}")
+    tracer.freeze(tracer.of(value), f"heads or tokens of {op.where}", [0, 1, 2])
+    pairs = math.prod(query.shape[:-1]) * size(key, -2)
+    tracer.count(pairs, (None, size(query, -1)))
+    tracer.count(pairs, (tracer.of(value).get(3), size(value, -1)))
+    return [{d: v for d, v in tracer.of(value).items() if d == 3}]
+
+
+@rule("embedding")
+def embedding(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Rows taken from a table: its columns are channels."""
+    weight, out = op.args[0], op.outs[0]
+    tracer.freeze(tracer.of(weight), f"rows of {op.where}", [0])
+    return [{out.dim() - 1: v for d, v in tracer.of(weight).items() if d == 1}]
+
+
+def spatial(rank: int) -> Rule:
+    """Ops that work on the last `rank` dims and leave those before alone."""
+
+    def apply(tracer: Tracer, op: Op) -> Sequence[Labels]:
+        tensors = [a for a in op.args if isinstance(a, Tensor) and a.dim() == op.args[0].dim()]
+        for tensor in tensors:
+            last = range(tensor.dim() - rank, tensor.dim())
+            tracer.freeze(tracer.of(tensor), f"space of {op.where}", last)
+        labels: Labels = {}
+        for dim in range(op.args[0].dim() - rank):
+            if op.args[0].shape[dim] > 1:
+                joined = tracer.join(op, *(tracer.of(t).get(dim) for t in tensors))
+                labels |= {} if joined is None else {dim: joined}
+        return [labels for _ in op.outs]
+
+    return apply
+
+
+for _rank, _names in {
+    1: ("avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "max_pool1d", "upsample_linear1d",
+        "upsample_nearest1d", "reflection_pad1d", "replication_pad1d"),
+    2: ("avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_avg_pool2d", "_adaptive_avg_pool2d",
+        "adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
+        "upsample_bicubic2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d", "max_unpool2d",
+        "fractional_max_pool2d"),
+    3: ("avg_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool3d", "_adaptive_avg_pool3d",
+        "adaptive_max_pool3d", "upsample_nearest3d", "upsample_trilinear3d", "replication_pad3d", "max_unpool3d"),
+}.items():  # fmt: skip
+    rule(*_names)(spatial(_rank))

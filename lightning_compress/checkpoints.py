@@ -1,0 +1,104 @@
+"""Lightning checkpoints of compressed networks, loaded with no Trainer and no callback."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import lightning as L
+
+from lightning_compress.edits import EditError, apply_edits, edits_from_json, history
+
+__all__ = ["CHECKPOINT_KEY", "load_from_checkpoint", "replay_checkpoint"]
+
+CHECKPOINT_KEY = "lightning_compress"
+_Module = TypeVar("_Module", bound=L.LightningModule)
+_PATCH = threading.RLock()  # a class is patched by one thread at a time
+
+
+def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Bring a freshly made module to the structure that a checkpoint's weights have.
+
+    A checkpoint of a network that was not compressed changes nothing, nor does one whose edits the network has been
+    through already.
+
+    Args:
+        module: the module that the weights will be loaded into.
+        checkpoint: a loaded checkpoint; its entry `lightning_compress` holds `network`, the dotted name of the
+            compressed network in the module, and `edits`, as JSON data.
+
+    Raises:
+        EditError: the entry is damaged, or its edits do not fit the module. Nothing was changed.
+    """
+    record = checkpoint.get(CHECKPOINT_KEY)
+    if record is None:
+        return
+    if not isinstance(record, Mapping) or not {"network", "edits"} <= record.keys():
+        raise EditError(f"the checkpoint's entry {CHECKPOINT_KEY!r} is damaged: expected `network` and `edits`")
+    path, edits = record["network"], edits_from_json(record["edits"])
+    try:
+        network = module.get_submodule(path)
+    except AttributeError as error:
+        raise EditError(
+            f"the checkpoint is of a {type(module).__name__} whose compressed network is {path!r}, and this one has "
+            "no such submodule"
+        ) from error
+    applied = history(network)
+    if applied == edits:
+        return
+    if applied:
+        raise EditError(
+            f"the checkpoint has {len(edits)} edits of {path!r}, and the network has already been through "
+            f"{len(applied)} others; load into a freshly made module"
+        )
+    apply_edits(network, edits)
+
+
+def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwargs: Any) -> _Module:
+    """`cls.load_from_checkpoint(path, **kwargs)` for checkpoints of compressed networks, and for all others.
+
+    The edits in the checkpoint are replayed on the new module just before the weights are loaded; the class itself is
+    not changed, and may be loaded in several threads.
+
+    Args:
+        cls: the LightningModule that was trained.
+        path: the checkpoint.
+        kwargs: as for `cls.load_from_checkpoint`.
+
+    Returns:
+        The module, with its network compressed.
+
+    Raises:
+        EditError: the edits in the checkpoint do not fit the module.
+    """
+    original = cls.on_load_checkpoint
+    thread = threading.get_ident()
+    replayed = False
+
+    @wraps(original)
+    def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
+        nonlocal replayed
+        if threading.get_ident() == thread:  # another thread may be loading the class in its own way
+            replay_checkpoint(self, checkpoint)
+            replayed = True
+        original(self, checkpoint)
+
+    with _PATCH:
+        own = cls.__dict__.get("on_load_checkpoint")
+        cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign, assignment]
+        try:
+            module = cls.load_from_checkpoint(path, **kwargs)
+        finally:
+            if own is None:
+                del cls.on_load_checkpoint
+            else:
+                cls.on_load_checkpoint = own  # type: ignore[method-assign]
+    if not replayed:
+        raise TypeError(
+            f"the checkpoint made a {type(module).__name__} whose on_load_checkpoint does not call that of "
+            f"{cls.__name__}, so its edits could not be replayed; pass that class itself"
+        )
+    return module

@@ -10,20 +10,33 @@ from typing import IO, Any, TypeVar
 
 import lightning as L
 
-from lightning_compress.edits import EditError, apply_edits, edits_from_json, history
+from lightning_compress.edits import EditError, apply_edits, edits_from_json, edits_to_json, history, rewind_edits
 
-__all__ = ["CHECKPOINT_KEY", "load_from_checkpoint", "replay_checkpoint"]
+__all__ = ["CHECKPOINT_KEY", "load_from_checkpoint", "record_edits", "replay_checkpoint"]
 
 CHECKPOINT_KEY = "lightning_compress"
 _Module = TypeVar("_Module", bound=L.LightningModule)
 _PATCH = threading.RLock()  # a class is patched by one thread at a time
 
 
-def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Bring a freshly made module to the structure that a checkpoint's weights have.
+def record_edits(module: L.LightningModule, path: str, checkpoint: dict[str, Any]) -> None:
+    """Put the history of a module's network into a checkpoint; several callbacks may do so for the same network.
 
-    A checkpoint of a network that was not compressed changes nothing, nor does one whose edits the network has been
-    through already.
+    Args:
+        module: the module that is being saved.
+        path: dotted name of its compressed network; empty for the module itself.
+        checkpoint: the checkpoint.
+    """
+    edits = history(module.get_submodule(path))
+    if edits:
+        checkpoint[CHECKPOINT_KEY] = {"network": path, "edits": edits_to_json(edits)}
+
+
+def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Bring a module to the structure that a checkpoint's weights have, forwards or back.
+
+    Edits that the network has been through and the checkpoint has not are undone (shapes only: the weights are about to
+    be loaded); those that are missing are applied. Optimizers made before do not follow.
 
     Args:
         module: the module that the weights will be loaded into.
@@ -33,28 +46,29 @@ def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) 
     Raises:
         EditError: the entry is damaged, or its edits do not fit the module. Nothing was changed.
     """
-    record = checkpoint.get(CHECKPOINT_KEY)
-    if record is None:
-        return
+    record = checkpoint.get(CHECKPOINT_KEY, {"network": None, "edits": []})
     if not isinstance(record, Mapping) or not {"network", "edits"} <= record.keys():
         raise EditError(f"the checkpoint's entry {CHECKPOINT_KEY!r} is damaged: expected `network` and `edits`")
     path, edits = record["network"], edits_from_json(record["edits"])
-    try:
-        network = module.get_submodule(path)
-    except AttributeError as error:
+    if path is not None and path not in dict(module.named_modules()):
         raise EditError(
             f"the checkpoint is of a {type(module).__name__} whose compressed network is {path!r}, and this one has "
             "no such submodule"
-        ) from error
-    applied = history(network)
-    if applied == edits:
-        return
-    if applied:
-        raise EditError(
-            f"the checkpoint has {len(edits)} edits of {path!r}, and the network has already been through "
-            f"{len(applied)} others; load into a freshly made module"
         )
-    apply_edits(network, edits)
+    for name, network in list(module.named_modules()):
+        wanted, applied = (edits if name == path else ()), history(network)
+        shared = 0
+        while shared < min(len(wanted), len(applied)) and wanted[shared] == applied[shared]:
+            shared += 1
+        if len(applied) > shared:
+            rewind_edits(network, shared)
+        try:
+            if len(wanted) > shared:
+                apply_edits(network, wanted[shared:])
+        except EditError:
+            # As it was: only shapes are at stake, the weights were to be replaced anyway.
+            apply_edits(network, applied[shared:])
+            raise
 
 
 def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwargs: Any) -> _Module:

@@ -249,6 +249,8 @@ def _volume(tensor: Tensor, labels: dict[int, Vector], unit: int) -> tuple[float
 
 
 def _group_by(keys: npt.NDArray[np.uint64], values: Vector) -> list[tuple[int, Vector]]:
+    if not len(values):
+        return []
     unique, inverse = np.unique(keys, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     parts = np.split(values[order], np.cumsum(np.bincount(inverse, minlength=len(unique)))[:-1])

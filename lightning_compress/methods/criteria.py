@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from lightning_compress.coupling import Coupling, Location
 
-__all__ = ["CRITERIA", "Criterion", "Scores", "check_criterion", "score_channels", "taylor_terms"]
+__all__ = ["CRITERIA", "Criterion", "Scores", "add_sparsity_gradient", "check_criterion", "score_channels", "taylor_terms"]
 
 Scores = npt.NDArray[np.float64]
 Saliency = Mapping[Location, Tensor]
 Criterion = Callable[[nn.Module, str, int, Saliency], Tensor | None]
 """(model, tensor name, dim, gathered saliency) -> a score for each index of the dim; None: has nothing to say there."""
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def _rows(model: nn.Module, name: str, dim: int) -> Tensor | None:
@@ -51,8 +54,7 @@ def bn_scale(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tenso
     """Absolute scale of the norm that follows, as network slimming has it (Liu et al. 2017, arXiv 1708.06519)."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
-    return model.get_parameter(name).detach().abs().float() if norm and leaf == "weight" else None
+    return model.get_parameter(name).detach().abs().float() if isinstance(module, _NORMS) and leaf == "weight" else None
 
 
 def taylor(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
@@ -79,6 +81,18 @@ def check_criterion(name: str) -> None:
     """Raise ValueError, with the list of what there is, unless `name` is a criterion."""
     if name not in CRITERIA:
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {name!r}")
+
+
+def add_sparsity_gradient(model: nn.Module, strength: float) -> None:
+    """Add the gradient of `strength` x |scale| to every norm's scale (network slimming, Liu et al. 2017, 1708.06519).
+
+    Args:
+        model: the network, with gradients.
+        strength: weight of the L1 term.
+    """
+    for module in model.modules():
+        if isinstance(module, _NORMS) and module.weight is not None and module.weight.grad is not None:
+            module.weight.grad.add_(module.weight.detach().sign(), alpha=strength)
 
 
 def taylor_terms(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:

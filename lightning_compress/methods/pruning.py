@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget, BudgetError, bisect
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
-from lightning_compress.edits import Edit, apply_edits
+from lightning_compress.edits import Edit, apply_edits, skeleton
 from lightning_compress.methods.criteria import Scores, check_criterion, score_channels
 
 __all__ = ["ChannelPlan", "Pruning", "Selection", "costs", "plan_channels", "prune_channels"]
@@ -92,7 +93,8 @@ class Pruning:
 def costs(coupling: Coupling, cut: Mask | None = None) -> dict[str, float]:
     """What the network costs in each unit, once `cut` is gone."""
     mask = coupling.nothing_cut() if cut is None else cut
-    return {unit: cost(coupling, mask) for unit, cost in UNITS.items()}
+    found = {unit: cost(coupling, mask) for unit, cost in UNITS.items()}
+    return found if cut is not None else {**found, "bytes": float(artifact_bytes(coupling.model))}
 
 
 def plan_channels(
@@ -103,6 +105,7 @@ def plan_channels(
     limits: Mapping[str, float] | None = None,
     ratio: float | None = None,
     saliency: Mapping[Location, Tensor] | None = None,
+    keep: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> ChannelPlan:
     """Plan and prove, without touching the network.
@@ -114,6 +117,7 @@ def plan_channels(
         limits: unit -> absolute cost allowed (see `costs`). Either this or `ratio`.
         ratio: fraction of the channels to cut.
         saliency: gathered terms for the criteria that need them.
+        keep: tensor name -> why none of its channels may go.
         seed: for the criteria that draw.
 
     Raises:
@@ -126,16 +130,32 @@ def plan_channels(
         raise ValueError(f"`ratio` must be in (0, 1), got {ratio!r}")
     coupling = trace_coupling(model, inputs)
     _exclude(coupling, selection.exclude)
+    for tensor, reason in (keep or {}).items():
+        coupling.freeze([classes for (name, _), classes in coupling.locations.items() if name == tensor], reason)
     if not coupling.groups:
         why = "; ".join(sorted(set(coupling.reasons.values()))[:5])
         raise ValueError(f"there is no channel in this network that could be cut: {why}")
     scores = score_channels(coupling, selection.criterion, saliency, seed)
 
+    targets = dict(limits or {})
+    if "bytes" in targets:  # the file holds a header and the edits beside the tensors
+        targets["bytes"] -= artifact_bytes(model) - coupling.bytes(coupling.nothing_cut())
+
     def choose(current: Coupling) -> Mask:
         chooser = _Chooser(current, selection, scores)
-        return chooser.by_ratio(ratio) if ratio is not None else chooser.within(limits or {})
+        return chooser.by_ratio(ratio) if ratio is not None else chooser.within(targets)
 
-    return ChannelPlan(coupling, settle(coupling, choose, "channel_pruning"))
+    while True:
+        settled = settle(coupling, choose, "channel_pruning")
+        if settled is None or limits is None or "bytes" not in limits:
+            break
+        trial = skeleton(model)
+        apply_edits(trial, [settled.keep])
+        excess = artifact_bytes(trial) - limits["bytes"]
+        if excess <= 0:
+            break
+        targets["bytes"] -= excess  # ends: below what is reachable, the chooser refuses
+    return ChannelPlan(coupling, settled)
 
 
 def prune_channels(

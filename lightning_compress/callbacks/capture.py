@@ -1,0 +1,299 @@
+"""Capture: learn how a LightningModule calls its network, from a dry training step on real data.
+
+No `example_inputs`: a batch is made from the training data, `training_step` is run on it up to the first thing that
+would change anything (`manual_backward`, an optimizer's `step`), and what the network was called with is recorded. All
+that the step may leave behind is put back: random state, buffers, metrics, gradients, lists of the module. Samples
+are taken at fixed places of the data set, so that a resumed run, and every rank, sees the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
+
+from lightning_compress.calls import Call, batch_size
+
+__all__ = ["Captured", "capture", "find_network"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """How the network is called in training.
+
+    Attributes:
+        path: dotted name of the network inside the LightningModule; empty for the LightningModule itself.
+        network: that module.
+        calls: the calls of one step.
+        calibration: the calls of as many steps as give the samples asked for, one step after the other.
+        outside: names of the network's parameters that the step uses outside of these calls.
+    """
+
+    path: str
+    network: nn.Module
+    calls: tuple[Call, ...]
+    calibration: tuple[Call, ...]
+    outside: tuple[str, ...]
+
+
+def find_network(module: pl.LightningModule, network: str | None = None) -> str:
+    """The dotted name of the network inside a LightningModule.
+
+    Args:
+        module: the LightningModule.
+        network: the name, if the user gave one. Otherwise the only child that has parameters, or the LightningModule
+            itself when there are several. A network wrapped by `torch.compile` is looked up inside the wrapper.
+
+    Raises:
+        MisconfigurationException: there is no such submodule, or nothing has parameters.
+    """
+    if network is None:
+        children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+        own = any(True for _ in module.parameters(recurse=False))
+        if not children and not own:
+            raise MisconfigurationException(f"{type(module).__name__} has no parameters: there is nothing to compress")
+        network = children[0] if len(children) == 1 and not own else ""
+    names = dict(module.named_modules())
+    if network not in names:
+        known = ", ".join(name for name, _ in module.named_children())
+        raise MisconfigurationException(f"`network`: {type(module).__name__} has no submodule {network!r}; it has {known}")
+    inner = f"{network}._orig_mod"
+    return inner if network and inner in names else network
+
+
+def capture(
+    trainer: pl.Trainer, module: pl.LightningModule, network: str | None = None, samples: int = 1
+) -> Captured:
+    """Record how the network is called. Callable from `on_train_start` on; leaves no trace in the run.
+
+    Args:
+        trainer: the Trainer, with its training data set up.
+        module: its LightningModule.
+        network: dotted name of the network, see `find_network`.
+        samples: least number of samples in `calibration`, if the data has as many.
+
+    Raises:
+        MisconfigurationException: the network is never called in `training_step`, or the step cannot be run dry.
+    """
+    path = find_network(module, network)
+    target = module.get_submodule(path)
+    steps: list[list[Call]] = []
+    outside: set[str] = set()
+    seen = 0
+    with isolate_rng(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for batch in _batches(trainer.train_dataloader, samples):
+            recorder = _Recorder(module, path)
+            with _dry(module), recorder:
+                _run_step(trainer, module, batch)
+            if not recorder.calls:
+                raise MisconfigurationException(
+                    f"{path or type(module).__name__} is never called in `training_step`: call the network (or one of "
+                    "its submodules) there, or name the part that is called with `network=...`"
+                )
+            steps.append(recorder.calls)
+            outside |= recorder.outside
+            seen += batch_size(recorder.calls)
+            if seen >= samples:
+                break
+    calibration = tuple(call for step in steps for call in step)
+    return Captured(path, target, tuple(steps[0]), calibration, tuple(sorted(outside)))
+
+
+class _Recorder:
+    """Records the outermost calls of a network and of the modules inside it."""
+
+    def __init__(self, module: pl.LightningModule, path: str) -> None:
+        self.calls: list[Call] = []
+        self.outside: set[str] = set()
+        self._target = module.get_submodule(path)
+        # A compiled network is called through its wrapper.
+        wrapper = module.get_submodule(path.rpartition(".")[0]) if path.endswith("_orig_mod") else None
+        self._modules = [("", wrapper)] if wrapper is not None else list(self._target.named_modules())
+        self._depth = 0
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._watch = _ParameterWatch(self)
+        self.names = {id(p): name for name, p in self._target.named_parameters()}
+
+    @property
+    def inside(self) -> bool:
+        """Whether a recorded call is running."""
+        return self._depth > 0
+
+    def __enter__(self) -> _Recorder:
+        for name, module in self._modules:
+            if name and not any(True for _ in module.parameters()):
+                continue
+            enter = self._entering(name)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._watch.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._depth:
+                self.calls.append(Call(args, kwargs, name).map(lambda tensor: tensor.detach().clone()))
+            self._depth += 1
+
+        return enter
+
+    def _leave(self, *_: object) -> None:
+        self._depth -= 1
+
+
+class _ParameterWatch(TorchFunctionMode):
+    """Notes which of the network's parameters are used while none of its calls is running."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self._recorder.inside:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, nn.Parameter) and id(leaf) in self._recorder.names:
+                    self._recorder.outside.add(self._recorder.names[id(leaf)])
+        return func(*args, **(kwargs or {}))
+
+
+def _batches(loaders: Any, samples: int) -> Iterator[Any]:
+    """Batches in the structure of the Trainer's loaders, from evenly spaced samples where the data has places."""
+    leaves, spec = pytree.tree_flatten(loaders)
+    streams = [_loader_batches(loader, samples) for loader in leaves]
+    for batches in zip(*streams, strict=False):
+        yield pytree.tree_unflatten(list(batches), spec)
+
+
+def _loader_batches(loader: Any, samples: int) -> Iterator[Any]:
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        yield from loader  # a stream has no places: its first batches
+        return
+    generators = [g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None]
+    states = [g.get_state() for g in generators]
+    length = len(dataset)  # type: ignore[arg-type]
+    size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    if size is None:  # automatic batching is off: each item is a batch
+        yield from (loader.collate_fn(dataset[i]) for i in range(length))
+        return
+    count = min(max(samples, size), length)
+    places = [i * length // count for i in range(count)]
+    for start in range(0, count, size):
+        chosen = places[start : start + size]
+        fetch_many = getattr(dataset, "__getitems__", None)
+        yield loader.collate_fn(fetch_many(chosen) if fetch_many else [dataset[i] for i in chosen])
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+
+
+def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    step = type(module).training_step  # not the instance's: another callback may have wrapped that
+    accepted = inspect.signature(step).parameters
+    if "dataloader_iter" in accepted:
+        raise MisconfigurationException("compression does not work with a `training_step` that takes `dataloader_iter`")
+    extra = {"batch_idx": 0} if "batch_idx" in accepted else {}
+    with trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
+        try:
+            step(module, batch, **extra)
+        except _Stop:
+            pass
+
+
+class _Stop(BaseException):
+    """Ends a dry step; no `except Exception` of the user's may hold it up."""
+
+
+class _DryOptimizer:
+    """Stands in for an optimizer: all that would change anything ends the step."""
+
+    def __init__(self, optimizer: LightningOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self, *_: Any, **__: Any) -> None:
+        raise _Stop
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        """Nothing to clear: gradients are put back after the step."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+@contextmanager
+def _dry(module: pl.LightningModule) -> Iterator[None]:
+    """Put back, on leaving, what a training step may leave behind."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    parameters = [(p, p.grad, p.requires_grad) for p in module.parameters()]
+    metrics = [(m, {name: copy.deepcopy(m.__dict__[name]) for name in _metric_state(m)}) for m in module.modules() if isinstance(m, Metric)]
+    containers = [
+        (m, name, copy.copy(value))
+        for m in module.modules()
+        for name, value in m.__dict__.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    ]
+    patched: dict[str, Any] = {"log": _ignore, "log_dict": _ignore, "manual_backward": _stop}
+    if not module.automatic_optimization:
+        patched["optimizers"] = lambda *args, **kwargs: pytree.tree_map(
+            lambda o: _DryOptimizer(o) if isinstance(o, LightningOptimizer) else o,
+            type(module).optimizers(module, *args, **kwargs),
+        )
+    before = {name: module.__dict__[name] for name in patched if name in module.__dict__}
+    for p, _, _ in parameters:
+        p.grad = None
+    module.__dict__.update(patched)
+    try:
+        yield
+    finally:
+        for name in patched:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+        for owner, name, value in containers:
+            setattr(owner, name, value)
+        for metric, state in metrics:
+            metric.__dict__.update(state)
+        for p, grad, requires_grad in parameters:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _metric_state(metric: Metric) -> list[str]:
+    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_is_synced", "_cache"]
+    return [name for name in names if name in metric.__dict__]
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise _Stop
+
+

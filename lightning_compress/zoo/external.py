@@ -1,0 +1,126 @@
+"""The networks of timm and torchvision, by name; both come with the extra `vision`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["require_extra", "timm_model", "torchvision_model"]
+
+
+def timm_model(
+    name: str, pretrained: bool = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+) -> nn.Module:
+    """A network of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
+
+    Args:
+        name: as in `timm.list_models()`, with or without the tag of pretrained weights (`resnet18.a1_in1k`).
+        pretrained: start from trained weights, downloaded once; the head for `num_classes` starts afresh.
+        in_channels: channels of the images; timm adapts pretrained first layers to it.
+        num_classes: how many logits come out.
+        **options: passed on to `timm.create_model`, `img_size=32` for instance.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: timm has no network of that name.
+        ConnectionError: the weights could not be downloaded.
+
+    Example:
+        >>> net = timm_model("resnet18", in_channels=1)
+    """
+    timm = require_extra("timm")
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **options
+        )
+    except OSError as error:
+        raise _no_weights("timm", name, error) from error
+    return network
+
+
+def torchvision_model(
+    name: str, pretrained: bool = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+) -> nn.Module:
+    """A classification network of torchvision.
+
+    Args:
+        name: as in `torchvision.models.list_models(torchvision.models)`.
+        pretrained: start from torchvision's best weights, downloaded once; if they are for another number of
+            classes, the last layer starts afresh.
+        in_channels: must be 3, the only number that these networks are made for.
+        num_classes: how many logits come out.
+        **options: passed on to torchvision's builder; `aux_logits=False` keeps `googlenet` and `inception_v3` from
+            returning three outputs in training.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        ValueError: torchvision has no classification network of that name, or `in_channels` is not 3.
+        ConnectionError: the weights could not be downloaded.
+
+    Example:
+        >>> net = torchvision_model("mobilenet_v2")
+    """
+    models = require_extra("torchvision.models")
+    names = models.list_models(models)
+    if name not in names:
+        raise _unknown("torchvision", name, names)
+    if in_channels != 3:
+        raise ValueError(
+            f"torchvision's networks take images of 3 channels, got `in_channels` = {in_channels}; let the data give "
+            "3 (data.in_channels=3 repeats gray ones), or take the network from timm, which adapts"
+        )
+    network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if pretrained:
+        try:
+            weights = models.get_model_weights(name).DEFAULT.get_state_dict()
+        except OSError as error:
+            raise _no_weights("torchvision", name, error) from error
+        _load_but_head(network, weights, num_classes)
+    return network
+
+
+def require_extra(module: str) -> ModuleType:
+    """Import a module that the extra `vision` installs.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:  # installed, but something that it needs is not
+            raise
+        raise ModuleNotFoundError(
+            f'{package} is not installed; get it with: pip install "lightning_compress[vision]"', name=package
+        ) from error
+
+
+def _load_but_head(network: nn.Module, weights: dict[str, Any], num_classes: int) -> None:
+    own = network.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    fresh = [key for key in own if key not in fitting]
+    body = [key for key in fresh if own[key].dim() == 0 or own[key].shape[0] != num_classes]
+    if body:
+        raise ValueError(f"the pretrained weights do not fit the network at {body}; were options changed?")
+    network.load_state_dict(fitting, strict=False)
+
+
+def _unknown(library: str, name: str, names: Iterable[str]) -> ValueError:
+    near = difflib.get_close_matches(name, names, n=5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"see what there is with {library}'s list_models()"
+    return ValueError(f"{library} has no classification network named {name!r}; {hint}")
+
+
+def _no_weights(library: str, name: str, error: OSError) -> ConnectionError:
+    return ConnectionError(
+        f"the pretrained weights of {library}'s {name!r} could not be downloaded ({error}); "
+        "without a network, train from scratch: pretrained=false"
+    )

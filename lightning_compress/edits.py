@@ -312,7 +312,8 @@ def _set_data(tensor: Tensor, new: Tensor) -> None:
 
 def _get_attribute(model: nn.Module, path: str, attribute: str) -> Any:
     try:
-        return getattr(model.get_submodule(path), attribute)
+        value = getattr(model.get_submodule(path), attribute)
+        return tuple(value) if isinstance(value, list) else value
     except AttributeError as error:
         raise EditError(f"edit of {path}.{attribute}: {error}; is it another architecture?") from error
 

@@ -176,10 +176,11 @@ class Coupling:
 
         def change(path: str, attribute: str, new: Attribute) -> None:
             old = getattr(self.model.get_submodule(path), attribute, None)
-            if isinstance(old, int) and isinstance(new, tuple) and len(new) == 1:
+            old = tuple(old) if isinstance(old, list) else old
+            if isinstance(old, int) and isinstance(new, tuple):
                 new = new[0]
-            if old is not None and old != new and isinstance(old, int | tuple):
-                found.setdefault(path, {})[attribute] = (tuple(old) if isinstance(old, tuple) else int(old), new)
+            if isinstance(old, int | tuple) and old != new:
+                found.setdefault(path, {})[attribute] = (old, new)
 
         for (path, attribute), vectors in self._held.items():
             counts = tuple(int(self.alive(vector, cut).sum()) for vector in vectors)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lightning_compress.coupling.graph import Coupling, Mask
 from lightning_compress.coupling.labels import Vector
 from lightning_compress.coupling.proof import Fault, Proof, prove
 from lightning_compress.coupling.trace import Op
-from lightning_compress.edits import Keep
+from lightning_compress.edits import Attribute, Keep
 
 __all__ = ["Settled", "settle"]
 
@@ -65,30 +65,40 @@ def settle(coupling: Coupling, choose: Callable[[Coupling], Mask], origin: str =
 
 
 def _repair(coupling: Coupling, fault: Fault, cut: Mask) -> list[tuple[str, str]]:
-    """Find the sizes that modules hold in Python and that the op at fault was given; their siblings hold the same."""
+    """Find the sizes that modules hold in Python and that the op at fault depends on; their siblings hold the same."""
     if fault.index >= len(coupling.ops):
         return []
-    faulty = coupling.ops[fault.index]
     repaired: list[tuple[str, str]] = []
-    for op in _siblings(coupling, faulty):
-        for shape, labels in zip(op.shapes, op.outputs, strict=True):
-            for dim, vector in labels.items():
-                if not coupling.alive(vector, cut).all():
-                    repaired += _hold(coupling, op.module, shape[dim], vector)
+    for op in _siblings(coupling, coupling.ops[fault.index]):
+        repaired += _hold(coupling, op.module, dict(_sizes(coupling, op, cut)))
     return repaired
 
 
-def _hold(coupling: Coupling, path: str, extent: int, vector: Vector) -> list[tuple[str, str]]:
-    """Let attributes that equal `extent`, of the module at `path` or else of the nearest one around it, follow."""
+def _sizes(coupling: Coupling, op: Op, cut: Mask) -> Iterator[tuple[Attribute, tuple[Vector, ...]]]:
+    """Sizes that change around an op, and the labels they count: of what it made first, then of what it was given."""
+    for dim in {dim for labels in op.outputs for dim in labels}:
+        parts = tuple(labels[dim] for labels in op.outputs if dim in labels)
+        if len(parts) > 1:  # a list of sizes, as `split` takes it
+            yield tuple(len(part) for part in parts), parts
+    for labels in (*op.inputs, *op.outputs):  # later ones win: what was made
+        for vector in labels.values():
+            if not coupling.alive(vector, cut).all():
+                yield len(vector), (vector,)
+
+
+def _hold(
+    coupling: Coupling, path: str, sizes: Mapping[Attribute, tuple[Vector, ...]]
+) -> list[tuple[str, str]]:
+    """Let the attributes that hold one of `sizes` follow: of the module at `path`, or else of the nearest around it."""
     while True:
-        module = coupling.model.get_submodule(path)
-        found = [
-            (path, name)
-            for name, value in vars(module).items()
-            if not name.startswith("_") and type(value) is int and value == extent and (path, name) not in coupling.repaired
-        ]
-        for key in found:
-            coupling.repaired[key] = (extent, (vector,))
+        found = []
+        for name, value in vars(coupling.model.get_submodule(path)).items():
+            key = (path, name)
+            known = tuple(value) if isinstance(value, list) else value
+            plain = type(known) is int or (type(known) is tuple and all(type(v) is int for v in known))
+            if plain and not name.startswith("_") and known in sizes and key not in coupling.repaired:
+                coupling.repaired[key] = (known, sizes[known])
+                found.append(key)
         if found or not path:
             return found
         path = path.rpartition(".")[0]

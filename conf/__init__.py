@@ -1,1 +1,1 @@
-"""The Hydra configuration of `lightning-compress`; other projects add `pkg://lightning_compress.conf` to their searchpath."""
+"""The configuration of `lightning-compress`; other projects add `pkg://lightning_compress.conf` to their searchpath."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_compress.artifact import load_compressed, save_compressed
     from lightning_compress.budget import Budget
-    from lightning_compress.callbacks.base import load_from_checkpoint
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.checkpoints import load_from_checkpoint
     from lightning_compress.edits import apply_edits, history
     from lightning_compress.footprint import Footprint, measure
     from lightning_compress.methods.pruning import prune_channels
@@ -46,7 +46,7 @@ _HOMES = {
     "apply_edits": "lightning_compress.edits",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",
-    "load_from_checkpoint": "lightning_compress.callbacks.base",
+    "load_from_checkpoint": "lightning_compress.checkpoints",
     "measure": "lightning_compress.footprint",
     "prune_channels": "lightning_compress.methods.pruning",
     "save_compressed": "lightning_compress.artifact",

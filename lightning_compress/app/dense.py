@@ -1,0 +1,128 @@
+"""The dense network that jobs start from: trained once for all jobs that agree on what determines it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import lightning as L
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from lightning_compress import __version__
+from lightning_compress.app.build import make_net, make_task, make_trainer, newest_checkpoint
+from lightning_compress.app.jobs import config_digest
+from lightning_compress.files import open_atomic
+
+__all__ = ["dense_task", "load_weights"]
+
+log = logging.getLogger(__name__)
+
+
+def dense_task(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
+    """The task with the weights of the dense network: from `dense.ckpt`, from the cache, or trained now.
+
+    The cache knows a network by `arch`, `data`, `task`, `dense`, `seed`, the trainer (but for its epochs, which are
+    those of the fine-tuning) and this package's version. PyTorch's version does not count: it would train everything
+    again for differences below those between seeds. Jobs side by side wait for the one that trains.
+
+    Args:
+        config: a job's configuration.
+        data: what to train on.
+
+    Returns:
+        The task as it is to be fine-tuned.
+
+    Raises:
+        FileNotFoundError: `dense.ckpt` names no file.
+        ValueError: the weights in it are of another network.
+    """
+    task = make_task(config, make_net(config))
+    if config.dense.ckpt is not None:
+        load_weights(task, Path(config.dense.ckpt))
+        return task
+    path = _cached(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # the first process holds the lock, and waits for this one to train beside it
+        if not path.is_file():
+            _train(config, data, path)
+    else:
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another job is training the dense network; waiting for %s", path)
+            held = lock.acquire()
+        with held:
+            if path.is_file():
+                log.info("dense network: %s", path)
+            else:
+                _train(config, data, path)
+    load_weights(task, path)
+    return task
+
+
+def load_weights(task: L.LightningModule, path: Path) -> None:
+    """Load a checkpoint into a task: a Lightning one, or the state dict of the task or of one of its submodules.
+
+    Args:
+        task: the module to load into.
+        path: a file that `torch.load(weights_only=True)` reads.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its tensors are not those of the task, nor of one of its submodules.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"dense.ckpt: there is no file {path}")
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    state: Mapping[str, Tensor] = loaded.get("state_dict", loaded)
+    shapes = _shapes(state)
+    for module in (task, *task.children()):
+        if _shapes(module.state_dict()) == shapes:
+            module.load_state_dict(state)
+            return
+    expected = _shapes(task.state_dict())
+    missing = [name for name in expected if name not in shapes]
+    unknown = [name for name in shapes if name not in expected]
+    differing = [name for name in expected if name in shapes and shapes[name] != expected[name]]
+    raise ValueError(
+        f"dense.ckpt: {path} is of another network: {len(missing)} tensors are missing {missing[:3]}, {len(unknown)} "
+        f"unknown {unknown[:3]}, {len(differing)} of another shape {differing[:3]}; is `arch` what it was made with?"
+    )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _cached(config: DictConfig) -> Path:
+    names = ["arch", "data", "task", "trainer", "dense", "seed"]
+    digest = config_digest(config, names, without=["trainer.max_epochs", "dense.ckpt"])
+    kind = str(config.arch.get("name", config.arch.get("_target_", "network"))).rpartition(".")[2]
+    return Path(config.cache_dir) / f"{kind}-{digest}-{__version__}.ckpt"
+
+
+def _train(config: DictConfig, data: L.LightningDataModule, path: Path) -> None:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    # merged within the whole, so that the task's references to other nodes hold
+    changes = {"task": config.dense.task, "trainer": {"max_epochs": config.dense.max_epochs}}
+    config = cast(DictConfig, OmegaConf.merge(config, changes))
+    task = make_task(config, make_net(config))
+    partial = path.with_suffix(".partial")
+    last = partial / "last.ckpt"
+    log.info("training the dense network for %d epochs: %s", config.dense.max_epochs, path)
+    trainer = make_trainer(config, callbacks=[newest_checkpoint(partial)], logger=False)
+    trainer.fit(task, data, ckpt_path=last if last.is_file() else None)
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        with open_atomic(path) as file:
+            torch.save({"state_dict": task.state_dict(), "metrics": metrics, "torch": torch.__version__}, file)
+        shutil.rmtree(partial)
+    trainer.strategy.barrier()

@@ -1,0 +1,151 @@
+"""Where a job lives, and whether what lies there is finished, half-way or out of date.
+
+Hydra has no resume of its own: here a job's folder is named by its overrides, so that the same command finds it
+again, and a digest of its configuration says whether what is found still answers the question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.files import write_atomic
+
+__all__ = ["Job", "Metrics", "config_digest", "folder_name", "read_results", "write_json"]
+
+Metrics = dict[str, dict[str, float]]  # dense or final -> name -> value
+
+# What changes where things are written or shown, never what comes out.
+_INDIFFERENT = ("output_dir", "cache_dir", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+RESULTS = "results.json"
+_LONGEST = 120  # file systems stop at 255 bytes; checkpoints and W&B names want room
+
+
+def folder_name(overrides: str) -> str:
+    """A folder's name for a job, from Hydra's `override_dirname`.
+
+    What does not fit a file name is replaced, what is too long is cut; then a hash of the whole keeps it unique.
+
+    Example:
+        >>> folder_name("arch=resnet20,method.budget.macs=0.5")
+        'arch=resnet20,method.budget.macs=0.5'
+        >>> folder_name("data.root=/some/where")
+        'data.root=_some_where-850bebd6'
+        >>> folder_name("")
+        'default'
+    """
+    name = re.sub(r"[^\w.,=+@-]", "_", overrides)[:_LONGEST]
+    if name != overrides:
+        name = f"{name}-{_digest(overrides)[:8]}"
+    return name or "default"
+
+
+def config_digest(config: DictConfig, names: Collection[str] | None = None, without: Collection[str] = ()) -> str:
+    """A hash of what a configuration says, once resolved.
+
+    Args:
+        config: the job's configuration.
+        names: the top-level nodes that count; by default all of them.
+        without: dotted names that do not count, besides those of places, loggers and progress bars.
+
+    Returns:
+        Twelve hexadecimal digits.
+
+    Example:
+        >>> config = OmegaConf.create({"seed": 1, "output_dir": "here", "arch": {"depth": "${seed}"}})
+        >>> moved = OmegaConf.merge(config, {"output_dir": "there"})
+        >>> other = OmegaConf.merge(config, {"seed": 2})
+        >>> config_digest(config) == config_digest(moved), config_digest(config) == config_digest(other)
+        (True, False)
+    """
+    skipped = {*_INDIFFERENT, *without}
+    decisive: dict[str, Any] = {}
+    for name in names if names is not None else map(str, config):
+        if name in skipped:  # not even resolved: a logger's folder is known inside a job only
+            continue
+        node = config[name]
+        decisive[name] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        for dotted in skipped:
+            top, _, key = dotted.partition(".")
+            if top == name and isinstance(decisive[name], dict):
+                decisive[name].pop(key, None)
+    return _digest(json.dumps(decisive, sort_keys=True, default=str))[:12]
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file so that whoever reads it sees all of it or none."""
+    write_atomic(path, json.dumps(data, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's folder.
+
+    Attributes:
+        folder: where everything of it is written.
+        digest: `config_digest` of its configuration.
+    """
+
+    folder: Path
+    digest: str
+
+    @property
+    def artifact(self) -> Path:
+        """The compressed network."""
+        return self.folder / "compressed.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the newest state of the training is, until the job is finished."""
+        return self.folder / "checkpoints"
+
+    def finished(self) -> Metrics | None:
+        """What the job came to, if it ran to its end with this very configuration."""
+        results = read_results(self.folder)
+        return results["metrics"] if results.get("config_digest") == self.digest else None
+
+    def begin(self) -> Path | None:
+        """Make the folder ready.
+
+        Returns:
+            The checkpoint to go on from; None for a start from the beginning. What another configuration left in
+            the folder is removed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = self.folder / "job.json"
+        if _read_json(begun).get("config_digest") != self.digest:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for stale in (self.artifact, self.folder / RESULTS):
+                stale.unlink(missing_ok=True)
+            write_json(begun, {"config_digest": self.digest})
+        last = self.checkpoints / "last.ckpt"
+        return last if last.is_file() else None
+
+    def finish(self, config: DictConfig, metrics: Metrics) -> None:
+        """Add metrics and configuration to the report's results; from here on the job counts as finished."""
+        plain = OmegaConf.to_container(config, resolve=True)
+        added = {"metrics": metrics, "config": plain, "config_digest": self.digest}
+        write_json(self.folder / RESULTS, {**read_results(self.folder), **added})
+        shutil.rmtree(self.checkpoints, ignore_errors=True)  # a finished job resumes nothing
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What the report, and a finished job, have written in `folder`; empty if nothing yet."""
+    return _read_json(folder / RESULTS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return data
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

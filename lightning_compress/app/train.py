@@ -1,0 +1,114 @@
+"""`lightning-compress`: one job trains (or loads) a dense network, compresses it while fine-tuning, and reports."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
+from lightning_compress.app.dense import dense_task
+from lightning_compress.app.jobs import Job, Metrics, config_digest, folder_name
+from lightning_compress.app.logger import finish_loggers
+from lightning_compress.app.sweep import SweepTable
+from lightning_compress.artifact import load_compressed
+
+__all__ = ["main", "run"]
+
+log = logging.getLogger(__name__)
+
+OmegaConf.register_new_resolver("lightning_compress.folder", folder_name, replace=True)
+
+
+_HINT = "(HYDRA_FULL_ERROR=1 shows the whole traceback)"
+
+
+class JobError(CompactHydraException):
+    """What a user can mend: Hydra prints its message without a traceback."""
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        _hydra_main()
+    finally:  # of a sweep with failures, too, one wants to see what was done
+        SweepTable.show_pending()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="train")
+def _hydra_main(config: DictConfig) -> float:
+    try:
+        return run(config, Path(HydraConfig.get().runtime.output_dir))
+    except InstantiationException as error:
+        where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
+        raise JobError(f"{where}: {error.__cause__ or error}\n{_HINT}") from error
+    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
+        raise JobError(f"{error}\n{_HINT}") from error
+
+
+def run(config: DictConfig, folder: Path) -> float:
+    """Run one job to its end, or as much of it as is left to do.
+
+    Args:
+        config: what `conf/train.yaml` composes to.
+        folder: where everything of the job is written.
+
+    Returns:
+        The figure of the compressed network that `config.objective` names.
+    """
+    job = Job(folder, config_digest(config))
+    metrics = job.finished()
+    if metrics is not None:
+        log.info("finished before, nothing to do: %s", job.folder)
+        return _objective(metrics, config.objective)
+    resume = job.begin()
+    if resume is not None:
+        log.info("going on from %s", resume)
+
+    # What can be wrong is made first, so that it is heard of before anything is trained.
+    methods = [instantiate(node, _convert_="all") for node in config.recipe.values() if node]
+    report = instantiate(config.report, path=str(job.artifact), _convert_="all")
+    data = make_data(config)
+    task = dense_task(config, data)
+    dense = copy.deepcopy(task)
+
+    L.seed_everything(config.seed, workers=True, verbose=False)  # the same, whether the dense network was cached or not
+    logger = instantiate(config.logger, _convert_="all") if config.logger else False
+    callbacks = [*methods, report, newest_checkpoint(job.checkpoints)]
+    trainer = make_trainer(config, callbacks=callbacks, logger=logger)
+    trainer.fit(task, data, ckpt_path=resume)
+    trainer.strategy.barrier()
+
+    final = task if not job.artifact.is_file() else make_task(config, load_compressed(job.artifact, make_net(config)))
+    metrics = {"dense": _evaluate(config, dense, data), "final": _evaluate(config, final, data)}
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{side}/{name}": value for side in metrics for name, value in metrics[side].items()})
+    finish_loggers(trainer.loggers)
+    if trainer.is_global_zero:
+        job.finish(config, metrics)
+        for name in metrics["final"]:
+            log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
+        log.info("results: %s", job.folder)
+    return _objective(metrics, config.objective)
+
+
+def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
+    """Validation and test metrics, by the task's own steps."""
+    trainer = make_trainer(config, logger=False, enable_checkpointing=False)
+    [validated] = trainer.validate(task, data, verbose=False)
+    [tested] = trainer.test(task, data, verbose=False)
+    return {**validated, **tested}
+
+
+def _objective(metrics: Metrics, name: str) -> float:
+    if name not in metrics["final"]:
+        raise ValueError(f"`objective` must be one of {', '.join(metrics['final'])}, got {name!r}")
+    return metrics["final"][name]

@@ -1,0 +1,19 @@
+"""What holds for every test: one thread, one seed, no account, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is loaded, and for the processes that tests start: small networks are fastest on one thread, and the
+# tests themselves run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test, whichever ran before it."""
+    torch.manual_seed(0)

@@ -33,7 +33,8 @@ class RandomNetwork(nn.Module):
         head: end in a classifier, or in a 1x1 convolution.
 
     Example:
-        >>> RandomNetwork((("conv", 8, 3, 1, True), ("residual", (("shuffle", 4), ("depthwise", 1)))))(torch.zeros(2, 3, 8, 8)).shape
+        >>> network = RandomNetwork((("conv", 8, 3, 1, True), ("residual", (("shuffle", 4), ("depthwise", 1)))))
+        >>> network(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 5])
     """
 
@@ -68,7 +69,14 @@ class Conv(nn.Module):
     """A convolution, by layer or by function on a raw parameter, plain or transposed."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, groups: int, bias: bool, transposed: bool = False, raw: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        groups: int,
+        bias: bool,
+        transposed: bool = False,
+        raw: bool = False,
     ) -> None:
         super().__init__()
         self.channels = outputs

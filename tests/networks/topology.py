@@ -176,10 +176,12 @@ class Nested(Network):
     def __init__(self) -> None:
         super().__init__()
         self.mode = "b"
-        self.stages = nn.ModuleDict({
-            "a": nn.ModuleList([block(3, 8)]),
-            "b": nn.ModuleList([block(3, 16), nn.Sequential(nn.Sequential(block(16, 16)), nn.Identity())]),
-        })
+        self.stages = nn.ModuleDict(
+            {
+                "a": nn.ModuleList([block(3, 8)]),
+                "b": nn.ModuleList([block(3, 16), nn.Sequential(nn.Sequential(block(16, 16)), nn.Identity())]),
+            }
+        )
         self.head = classifier(16)
 
     def forward(self, x: Tensor) -> Tensor:

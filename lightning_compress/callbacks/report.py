@@ -1,0 +1,245 @@
+"""The report: what a compression came to, measured on the saved file itself, dense and compressed in one run."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor, nn
+
+from lightning_compress.artifact import load_compressed, save_compressed
+from lightning_compress.callbacks.capture import capture, find_network
+from lightning_compress.callbacks.comparison import blank, budget_rows, environment, layer_rows
+from lightning_compress.callbacks.evaluation import evaluate, from_rank_zero
+from lightning_compress.calls import Call, batch_size, resize_batch
+from lightning_compress.edits import Edit, history, rewind_edits, skeleton
+from lightning_compress.footprint import measure
+from lightning_compress.latency import BATCH_SIZES, compare_latency
+from lightning_compress.quiet import without_observers
+from lightning_compress.results import Metric, Results
+
+__all__ = ["CompressionReport"]
+
+
+class CompressionReport(L.Callback):
+    """Save the compressed network at the end of training, measure what was saved, and say how it compares.
+
+    Beside any compression callback: before the first edit it keeps a copy of the dense network and takes its metric;
+    at the end of `fit` it writes the artifact, loads it again into a dense structure without weights, and measures
+    both networks in turn on the same inputs. It prints a table, writes `results.json` and hands the final figures to
+    the loggers. Where nothing was compressed it reports the dense network alone.
+
+    "Dense" is the network as it was just before its first edit; the table says in which epoch that was. A run that is
+    resumed after that has its metric from the checkpoint, and its structure, but no longer its weights.
+
+    Args:
+        path: the artifact to write; its folder is made if need be.
+        metric: name of a validation metric, as the LightningModule logs it; None for none.
+        results: the file for the results, relative to the folder of `path`.
+        latency: time both networks.
+        batch_sizes: the batch sizes to time.
+        network: dotted name of the network inside the LightningModule; by default it is found.
+        table: print the tables.
+
+    Raises:
+        ValueError: an argument that cannot be right.
+
+    Example:
+        >>> CompressionReport("out/net.safetensors", metric="val/acc").results_path.as_posix()
+        'out/results.json'
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "compressed.safetensors",
+        metric: str | None = None,
+        results: str = "results.json",
+        latency: bool = True,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        network: str | None = None,
+        table: bool = True,
+    ) -> None:
+        """Check the arguments."""
+        self.path = Path(path)
+        self.results_path = self.path.parent / results
+        for name, file in (("path", self.path), ("results", self.results_path)):
+            if not file.name or file.is_dir():
+                raise ValueError(f"`{name}` must name a file, got {os.fspath(file)!r}")
+        if self.path == self.results_path:
+            raise ValueError(f"`path` and `results` must differ, got {os.fspath(self.path)!r} for both")
+        if metric is not None and (not isinstance(metric, str) or not metric):
+            raise ValueError(f"`metric` must be the name of a logged metric or None, got {metric!r}")
+        sizes = tuple(batch_sizes)
+        if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"`batch_sizes` must be integers of at least 1, got {batch_sizes!r}")
+        self.metric, self.latency, self.batch_sizes = metric, latency, sizes
+        self.network, self.table = network, table
+        self.results: Results | None = None
+        self._frozen: dict[str, str] = {}
+        self._first: dict[str, Any] = {}  # where the first edit was made, and the dense network's metric there
+        self._dense: nn.Module | None = None
+        self._calls: tuple[Call, ...] = ()
+        self._captured = ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a metric that no validation can give; make the folder."""
+        if stage != "fit":
+            return
+        if self.metric is not None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"metric={self.metric!r} needs validation, and there is none: define `validation_step`, give "
+                "validation data and leave `limit_val_batches` above 0, or set metric=None"
+            )
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.results_path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record how the network is called; check on one batch that the metric is there."""
+        self._capture(trainer, pl_module, find_network(pl_module, self.network))
+        if not history(pl_module.get_submodule(self._captured)):
+            self._first, self._frozen, self._dense = {}, {}, None  # of an earlier fit, of another network
+        if self.metric is not None:
+            self._evaluate(trainer, pl_module, self._copy(pl_module.get_submodule(self._captured)), batches=1)
+
+    def before_edits(self, trainer: L.Trainer, pl_module: L.LightningModule, network_path: str) -> None:
+        """Before the first edit: keep the dense network, and take its metric."""
+        if self._first:
+            return
+        self._capture(trainer, pl_module, network_path)
+        network = pl_module.get_submodule(network_path)
+        self._first = {"epoch": trainer.current_epoch, "step": trainer.global_step, "metric": None}
+        if not history(network):
+            self._dense = self._copy(network)
+            if self.metric is not None:
+                from_rank_zero(trainer, self._dense)
+                self._first["metric"] = self._evaluate(trainer, pl_module, self._dense)
+
+    def after_edits(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        network_path: str,
+        edits: Sequence[Edit],
+        frozen: Mapping[str, str],
+    ) -> None:
+        """Note what could not be cut."""
+        self._frozen = dict(frozen)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the artifact, measure it, and report."""
+        network = pl_module.get_submodule(self._captured)
+        dense = self._dense or self._copy(network)
+        rewind_edits(dense)
+        compressed = None
+        if trainer.is_global_zero:
+            save_compressed(network, self.path)
+        if history(network):
+            first = trainer.is_global_zero
+            compressed = load_compressed(self.path, blank(dense)) if first else self._copy(network)
+            from_rank_zero(trainer, compressed)
+        metric = self._metric(trainer, pl_module, dense, compressed)
+        if trainer.is_global_zero:
+            self.results = self._measure(trainer, dense, compressed, metric)
+            self.results.save(self.results_path)
+            self._tell(trainer, self.results)
+        self._dense = None
+        trainer.strategy.barrier("compression report")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run can no longer find out."""
+        return {"first": dict(self._first), "frozen": dict(self._frozen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._first, self._frozen = dict(state_dict["first"]), dict(state_dict["frozen"])
+
+    def _capture(self, trainer: L.Trainer, pl_module: L.LightningModule, path: str) -> None:
+        if self._calls and path == self._captured:
+            return
+        captured = capture(trainer, pl_module, path)
+        calls = resize_batch(captured.calls, min(batch_size(captured.calls), max(self.batch_sizes)))
+        self._captured, self._calls = captured.path, tuple(call.map(Tensor.cpu) for call in calls)
+
+    def _copy(self, network: nn.Module) -> nn.Module:
+        with without_observers(network):
+            return skeleton(network, lambda tensor: tensor.cpu().clone())
+
+    def _evaluate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, network: nn.Module, batches: int | None = None
+    ) -> float:
+        values = evaluate(trainer, pl_module, self._captured, network, batches=batches)
+        if self.metric not in values:
+            raise MisconfigurationException(
+                f"metric={self.metric!r} is not logged in validation by {type(pl_module).__name__}; "
+                f"it logs {', '.join(values) or 'nothing'}"
+            )
+        return values[self.metric]
+
+    def _metric(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, dense: nn.Module, compressed: nn.Module | None
+    ) -> Metric | None:
+        if self.metric is None:
+            return None
+        if compressed is None:
+            return Metric(self.metric, self._evaluate(trainer, pl_module, dense), None)
+        value = self._evaluate(trainer, pl_module, compressed)
+        before = self._first.get("metric")
+        if before is None:
+            return Metric(
+                self.metric, None, value, "the network had been cut before this run, its dense metric is unknown"
+            )
+        when = f"dense is the network before its first edit, in epoch {self._first['epoch']}"
+        return Metric(self.metric, before, value, f"{when}; compressed is the reloaded file")
+
+    def _measure(
+        self, trainer: L.Trainer, dense: nn.Module, compressed: nn.Module | None, metric: Metric | None
+    ) -> Results:
+        device = trainer.strategy.root_device
+        sides = {"dense": dense} | ({} if compressed is None else {"compressed": compressed})
+        for side in sides.values():
+            side.to(device)
+        footprints = {name: measure(side, self._calls) for name, side in sides.items()}
+        if self.latency:
+            times = compare_latency({name: (side, self._calls) for name, side in sides.items()}, self.batch_sizes)
+            footprints = {name: replace(footprint, latency=times[name]) for name, footprint in footprints.items()}
+        large, small = footprints["dense"], footprints.get("compressed")
+        if small is not None:
+            small = replace(small, bytes=self.path.stat().st_size)
+            if self._dense is None:  # the structure is known, the values are not
+                large = replace(large, nonzero=None)
+        return Results(
+            dense=large,
+            compressed=small,
+            metric=metric,
+            layers=() if compressed is None or small is None else layer_rows(dense, compressed, large, small),
+            frozen=self._frozen,
+            budgets=() if small is None else budget_rows(trainer, large, small),
+            edits=dict(Counter(edit.origin or edit.kind for edit in history(compressed or dense))),
+            artifact=os.path.relpath(self.path, self.results_path.parent),
+            network=self._captured,
+            environment=environment(trainer),
+        )
+
+    def _tell(self, trainer: L.Trainer, results: Results) -> None:
+        figures = {f"compress/{name}": value for name, value in results.figures().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update(figures)
+        if self.table:
+            from rich.console import Console
+
+            from lightning_compress.tables import comparison_table, layer_table
+
+            console = Console()
+            if results.layers or results.frozen:
+                console.print(layer_table(results))
+            console.print(comparison_table(results))

@@ -261,10 +261,12 @@ def group_norm(tracer: Tracer, op: Op) -> Sequence[Labels]:
     tracer.freeze(labels, f"batch or space of {op.where}", [d for d in labels if d != 1])
     if joined is None:
         return [labels]
+    statistics: Labels = {}
     if groups > 1:
-        tracer.hold(op, "num_groups", tracer.repeat(joined.reshape(groups, -1).T))
+        statistics = {1: tracer.repeat(joined.reshape(groups, -1).T)}
+        tracer.hold(op, "num_groups", statistics[1])
     op.restricted = groups == 1
-    return [labels | {1: joined}]
+    return [labels | {1: joined}, statistics, statistics]
 
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",

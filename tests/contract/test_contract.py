@@ -1,0 +1,224 @@
+"""What every method owes to every run. A new method adds a row to `methods.py`, nothing here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning_compress.artifact import load_compressed, save_compressed
+from lightning_compress.budget import BudgetError
+from lightning_compress.edits import EditError, apply_edits, history
+from lightning_compress.footprint import Footprint, measure
+from safetensors.torch import save_file
+
+from tests.contract.methods import METHODS, Method
+from tests.contract.nets import NETS
+from tests.contract.runs import EPOCHS, Metrics, data, fit, task
+
+ROOT = Path(__file__).parents[2]
+
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+every_net = pytest.mark.parametrize("net", NETS)
+
+
+def footprint(net: torch.nn.Module) -> Footprint:
+    return measure(net, torch.zeros(2, 1, 8, 8))
+
+
+def state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    """All that a run ends with, flat."""
+    optimizer = trainer.optimizers[0].state_dict()
+    moments = {f"{i}.{k}": v for i, values in optimizer["state"].items() for k, v in values.items()}
+    return {**module.state_dict(), **moments}
+
+
+def assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), f"{name} differs"
+
+
+@every_net
+@every_method
+def test_resumed_equals_uninterrupted(method: Method, net: str, tmp_path: Path) -> None:
+    """From checkpoints taken before, between and after the edits: bit for bit."""
+    metrics, module = Metrics(), task(net)
+    trainer = fit(module, tmp_path / "straight", *method.make(), metrics)
+    assert len(history(module.net)) >= 2
+    for epoch in (0, 1, 3):
+        again, resumed = Metrics(), task(net)
+        checkpoint = tmp_path / "straight" / f"epoch={epoch}.ckpt"
+        second = fit(resumed, tmp_path / f"from{epoch}", *method.make(), again, ckpt=checkpoint)
+        assert_identical(state(trainer, module), state(second, resumed))
+        assert history(resumed.net) == history(module.net)
+        assert again.rows == {e: row for e, row in metrics.rows.items() if e > epoch}
+
+
+@every_net
+@every_method
+def test_best_and_last_are_compressed(method: Method, net: str, tmp_path: Path) -> None:
+    module = task(net)
+    trainer = fit(module, tmp_path, *method.make())
+    final = footprint(module.net)
+    for which in ("best", "last"):
+        trainer.test(module, data(), ckpt_path=which, verbose=False, weights_only=True)
+        assert footprint(module.net).params == final.params
+    # A module made anew takes the shape of whatever it is given, the dense epoch included.
+    for epoch, macs in ((EPOCHS - 1, final.macs), (0, footprint(NETS[net]()).macs)):
+        trainer.test(module, data(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False, weights_only=True)
+        assert footprint(module.net).macs == macs
+
+
+FRESH = """
+import sys, torch
+from lightning_compress.artifact import load_compressed
+from safetensors.torch import load_file
+from tests.contract.nets import NETS
+def refuse(*_, **__): raise AssertionError("pickle")
+torch.load = refuse
+import pickle; pickle.load = pickle.loads = pickle.Unpickler = refuse
+folder, net = sys.argv[1:]
+model = load_compressed(folder + "/compressed.safetensors", NETS[net]()).eval()
+stored = load_file(folder + "/outputs.safetensors")
+assert torch.equal(model(stored["x"]), stored["y"]), "outputs differ"
+assert not {"lightning", "lightning_compress.callbacks"} & set(sys.modules), "training code was imported"
+"""
+
+
+@every_net
+@every_method
+def test_artifact_loads_in_a_fresh_process(method: Method, net: str, tmp_path: Path) -> None:
+    module = task(net)
+    fit(module, tmp_path, *method.make())
+    module.net.eval()
+    save_compressed(module.net, tmp_path / "compressed.safetensors")
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        y = module.net(x)
+    assert torch.equal(load_compressed(tmp_path / "compressed.safetensors", NETS[net]()).eval()(x), y)
+    save_file({"x": x, "y": y}, tmp_path / "outputs.safetensors")
+    command = [sys.executable, "-c", FRESH, str(tmp_path), net]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class Watch(L.Callback):
+    """After every edit: the optimizer holds the live parameters, no other, with state of their shapes; all move."""
+
+    def __init__(self) -> None:
+        self.edits = 0
+        self.before: dict[str, torch.Tensor] | None = None
+
+    def after_edits(self, trainer: L.Trainer, pl_module: L.LightningModule, path: str, edits: Any, frozen: Any) -> None:
+        self.edits += 1
+        optimizer = trainer.optimizers[0]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        assert {id(p) for p in held} == {id(p) for p in pl_module.parameters()}
+        assert len(held) == len({id(p) for p in held})
+        for p in held:
+            assert p.grad is None or p.grad.shape == p.shape
+            for value in optimizer.state[p].values():
+                assert value.dim() == 0 or value.shape == p.shape
+        assert set(optimizer.state) <= set(held)
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.before is not None:
+            for name, p in pl_module.named_parameters():
+                assert not torch.equal(p, self.before[name]), f"{name} did not move"
+            self.before = None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}),
+        ("Adam", {"lr": 0.01, "amsgrad": True}),
+        ("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+        ("RMSprop", {"lr": 0.001, "momentum": 0.5, "weight_decay": 1e-4}),
+    ],
+)
+@every_method
+def test_optimizer_moves_exactly_the_live_parameters(
+    method: Method, optimizer: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    watch = Watch()
+    fit(task("residual", optimizer=optimizer, **options), tmp_path, *method.make(), watch)
+    assert watch.edits >= 2
+
+
+@every_net
+@every_method
+def test_budget_is_met(method: Method, net: str, tmp_path: Path) -> None:
+    """Measured by footprint, within two hundredths of the dense network from below."""
+    module = task(net)
+    dense = getattr(footprint(module.net), method.unit)
+    fit(module, tmp_path, *method.make())
+    reached = getattr(footprint(module.net), method.unit) / dense
+    assert method.budget - 0.02 < reached <= method.budget
+
+
+@every_net
+@every_method
+def test_unreachable_budget_is_refused_before_training(method: Method, net: str, tmp_path: Path) -> None:
+    module = task(net)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(BudgetError, match=r"lowest reachable .* is [\d,]+"):
+        fit(module, tmp_path, *method.make(0.0001))
+    assert_identical(before, dict(module.state_dict()))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@every_net
+@every_method
+def test_twice(method: Method, net: str, tmp_path: Path) -> None:
+    """The same edits again are refused; the compressed network is compressed again as any other."""
+    module = task(net)
+    fit(module, tmp_path / "first", *method.make(0.7))
+    edits = history(module.net)
+    before = dict(module.state_dict())
+    with pytest.raises(EditError, match="was it applied before"):
+        apply_edits(module.net, edits)
+    assert_identical(before, dict(module.state_dict()))
+    once = getattr(footprint(module.net), method.unit)
+    again = task(net)
+    again.net = module.net
+    fit(again, tmp_path / "second", *method.make(0.7))
+    assert getattr(footprint(module.net), method.unit) <= 0.7 * once
+    assert history(module.net)[: len(edits)] == edits
+    save_compressed(module.net, tmp_path / "twice.safetensors")
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(load_compressed(tmp_path / "twice.safetensors", NETS[net]()).eval()(x), module.net.eval()(x))
+
+
+@every_net
+@every_method
+def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: Path) -> None:
+    module = task(net)
+    fit(module, tmp_path, *method.make())
+    model = module.net.eval()
+    assert list(model.state_dict()) == list(NETS[net]().state_dict())
+    x = torch.randn(2, 1, 8, 8)
+    exported = torch.export.export(model, (x,))
+    assert torch.allclose(exported.module()(x), model(x), atol=1e-6)
+
+
+@every_method
+def test_two_processes_agree(method: Method, tmp_path: Path) -> None:
+    """DDP over gloo: the same edits, and the same weights at the end."""
+    name = next(name for name, row in METHODS.items() if row is method)
+    command = [sys.executable, "-m", "tests.contract.ddp", name, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert a["edits"] == b["edits"]
+    assert len(a["edits"]) >= 2
+    assert_identical(a["weights"], b["weights"])

@@ -73,27 +73,12 @@ class Architecture:
         return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed)),)
 
 
-QUICK = set(
-    [
-        "resnet18",
-        "seresnet18",
-        "densenet121",
-        "mobilenetv2_100",
-        "mobilenetv3_small_100",
-        "efficientnet_b0",
-        "regnetx_002",
-        "ghostnet_100",
-        "convnext_atto",
-        "repvgg_a0",
-        "dla34",
-        "nf_resnet26",
-        "resnest14d",
-        "ese_vovnet19b_slim",
-        "shufflenet_v2_x1_0",
-    ]
-)
+QUICK = """
+    resnet18 seresnet18 densenet121 mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 regnetx_002 ghostnet_100
+    convnext_atto repvgg_a0 dla34 nf_resnet26 resnest14d ese_vovnet19b_slim shufflenet_v2_x1_0
+"""
 
-# Names as timm has them; `name@size` where 64 pixels are too few for the architecture.
+# `name@size` where 64 pixels are too few for the architecture, or for what of it runs in training only.
 TIMM = """
     resnet18 resnet26t resnext26ts wide_resnet50_2 seresnet18 legacy_seresnext26_32x4d ecaresnet26t gcresnext26ts
     skresnet18 resnest14d res2net50_14w_8s res2next50 resnetblur50 resnetaa34d resnetrs50 resnetv2_18 resnetv2_50d_gn
@@ -109,7 +94,7 @@ TIMM = """
     cspnext_tiny darknet53 tresnet_m hgnet_tiny hgnetv2_b0 fasternet_t0 fastvit_t8 starnet_s1
 """
 TORCHVISION = """
-    alexnet vgg11_bn squeezenet1_1 googlenet inception_v3@96 shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_small
+    alexnet vgg11_bn squeezenet1_1 googlenet inception_v3@299 shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_small
     mnasnet1_0 resnet18 resnext50_32x4d wide_resnet50_2 densenet121 efficientnet_v2_s regnet_x_400mf regnet_y_400mf
     convnext_tiny
 """
@@ -122,7 +107,7 @@ MIXED = """
 
 def _read(names: str, source: str, kind: str = "cnn") -> list[Architecture]:
     split = (name.partition("@") for name in names.split())
-    return [Architecture(name, source, int(size or 64), kind, name in QUICK) for name, _, size in split]
+    return [Architecture(name, source, int(size or 64), kind, name in QUICK.split()) for name, _, size in split]
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (

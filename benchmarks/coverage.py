@@ -1,8 +1,9 @@
 """How many architectures can be pruned, and is what comes out right? Side by side with Torch-Pruning.
 
-    python benchmarks/coverage.py [--families timm awkward mixed] [--ratio 0.5] [--quick] [--json FILE]
+    python benchmarks/coverage.py [--families timm mixed] [--ratio 0.5] [--quick] [--json FILE]
 
-Both sides halve every layer of every network and are judged by the same independent oracle (`benchmarks/oracle.py`).
+The awkward networks of the tests are always among them. Both sides halve every layer of every network and are
+judged by the same independent oracle (`benchmarks/oracle.py`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import copy
 import gc
 import json
 import math
+import signal
 import statistics
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +66,7 @@ class Row:
     """What one side made of one case.
 
     Attributes:
-        verdict: of the oracle, or `raised`.
+        verdict: of the oracle, or `raised`, or `timeout`.
         reason: why, where it is not `exact`.
         macs: what is left of the multiply-accumulates; also where nothing was cut or the result is wrong.
         params: what is left of the parameters.
@@ -104,14 +107,33 @@ def cases(kinds: Sequence[str], quick: bool, only: Sequence[str], size: int | No
                 yield Case(architecture.case, kind, model, inputs, architecture.counted(model), heads)
 
 
-def run(side: str, case: Case, ratio: float) -> Row:
-    """Let one side prune a copy of the network, and judge it."""
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in the code inside once it has used so much processor time."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def run(side: str, case: Case, ratio: float, limit: float) -> Row:
+    """Let one side prune a copy of the network within `limit` seconds of processor time, and judge it."""
     model = copy.deepcopy(case.model)
     heads = [model.get_submodule(head) for head in case.heads]
     gc.collect()
     cpu = time.process_time()
     try:
-        result = SIDES[side](model, case.inputs, ratio, heads)
+        with limited(limit):
+            result = SIDES[side](model, case.inputs, ratio, heads)
+    except TimeoutError:
+        return Row("timeout", f"not done after {limit:.0f} s of processor time")
     except Exception as error:  # noqa: BLE001  one network that cannot be pruned is a row, not the end
         return Row("raised", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
     cpu = time.process_time() - cpu
@@ -157,9 +179,13 @@ def print_table(rows: dict[str, dict[str, Row]], kinds: dict[str, str], console:
             last = kinds[case]
         cells = [case]
         for row in found.values():
-            style = {"exact": "green", "restricted": "green", "WRONG": "bold red", "raised": "red"}.get(
-                row.verdict, "yellow"
-            )
+            style = {
+                "exact": "green",
+                "restricted": "green",
+                "WRONG": "bold red",
+                "raised": "red",
+                "timeout": "red",
+            }.get(row.verdict, "yellow")
             figures = (f"{row.macs:.2f}", f"{row.params:.2f}", f"{row.seconds:.2f}")
             cells += [
                 f"[{style}]{row.verdict}[/]",
@@ -170,7 +196,7 @@ def print_table(rows: dict[str, dict[str, Row]], kinds: dict[str, str], console:
     console.print(table)
     for case, found in rows.items():
         for side, row in found.items():
-            if row.verdict in ("WRONG", "raised", "unprovable"):
+            if row.verdict in ("WRONG", "raised", "timeout", "unprovable"):
                 console.print(f"{case}, {side}: {row.verdict}: {row.reason}", markup=False, highlight=False)
 
 
@@ -201,32 +227,39 @@ def summarize(rows: dict[str, dict[str, Row]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("timm", "mixed", "awkward")
-    parser.add_argument("--families", nargs="+", choices=kinds, default=kinds, help="timm stands for torchvision too")
+    kinds = ("timm", "mixed")
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        choices=kinds,
+        default=kinds,
+        help="timm: CNNs of timm and torchvision; mixed: with attention",
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="of the channels of every layer that go")
     parser.add_argument("--side", choices=("both", *SIDES), default="both")
     parser.add_argument("--quick", action="store_true", help="15 architectures, and the awkward networks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these cases")
     parser.add_argument("--size", type=int, help="pixels of the input, where the architecture takes fewer")
     parser.add_argument("--threads", type=int, default=1, help="of torch; with one, times repeat best")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of processor time for a network and side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
     console = Console(width=None if sys.stdout.isatty() else 150)
     sides = list(SIDES) if options.side == "both" else [options.side]
-    families = [kind for kind in options.families if not (options.quick and kind == "mixed")]
+    families = [*(kind for kind in options.families if not (options.quick and kind == "mixed")), "awkward"]
 
     warm = next(cases(["awkward"], False, ["SqueezeExcite"], None))
     for side in sides:  # what is imported and compiled at the first use belongs to no network
-        run(side, warm, options.ratio)
+        run(side, warm, options.ratio, options.limit)
 
     rows: dict[str, dict[str, Row]] = {}
     kind_of: dict[str, str] = {}
     for number, case in enumerate(cases(families, options.quick, options.only, options.size)):
         # In turn, so that what a busy machine does to one side it does to the other; which is first alternates.
         order = sides if number % 2 == 0 else sides[::-1]
-        found = {side: run(side, case, options.ratio) for side in order}
+        found = {side: run(side, case, options.ratio, options.limit) for side in order}
         rows[case.name] = {side: found[side] for side in sides}
         kind_of[case.name] = case.kind
         state = ", ".join(f"{s} {r.verdict} {r.macs:.2f} {r.seconds:.1f}s" for s, r in rows[case.name].items())

@@ -45,86 +45,22 @@ class Marked(TorchDispatchMode):
             if not _same_where_alive(whole, result):
                 self.reduced.add(name)
             return result
-        if not (torch.Tag.pointwise in func.tags or func.is_view or name.rstrip("_") in CHANNELWISE):
+        if not (torch.Tag.pointwise in func.tags or func.is_view or name.rstrip("_") in CHANNELWISE.split()):
             self.strange.add(name)
         return func(*args, **kwargs)
 
 
 # Ops that treat each channel alone or only move data: NaN stays in its channel without our help.
-CHANNELWISE = set(
-    [
-        "clone",
-        "contiguous",
-        "copy",
-        "_to_copy",
-        "cat",
-        "stack",
-        "constant_pad_nd",
-        "index",
-        "index_select",
-        "gather",
-        "roll",
-        "flip",
-        "repeat",
-        "expand_copy",
-        "slice_scatter",
-        "select_scatter",
-        "index_put",
-        "scatter",
-        "split_with_sizes_copy",
-        "_unsafe_view",
-        "_reshape_copy",
-        "masked_fill",
-        "where",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "native_channel_shuffle",
-        "unbind",
-        "lift_fresh",
-        "fill",
-        "zero",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "reflection_pad2d",
-        "replication_pad2d",
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "max_unpool2d",
-        "max_unpool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_max_pool2d",
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "upsample_bilinear2d",
-        "upsample_bicubic2d",
-        "_upsample_nearest_exact2d",
-        "_upsample_bilinear2d_aa",
-        "native_dropout",
-        "_prelu_kernel",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "silu",
-        "mish",
-        "gelu",
-        "glu",
-        "softplus",
-    ]
-)
+CHANNELWISE = """
+    clone contiguous copy _to_copy cat stack constant_pad_nd index index_select gather roll flip repeat expand_copy
+    slice_scatter select_scatter index_put scatter split_with_sizes_copy _unsafe_view _reshape_copy masked_fill
+    where pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unbind lift_fresh fill zero
+    zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full reflection_pad2d
+    replication_pad2d max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d avg_pool1d
+    avg_pool2d avg_pool3d adaptive_max_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa
+    native_dropout _prelu_kernel hardtanh hardswish hardsigmoid relu6 leaky_relu elu silu mish gelu glu softplus
+"""
 
 
 def _clean(value: Any) -> Any:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.oracle import Kept, named_tensors
+from lightning_compress.methods.pruning import prune_channels
 
 __all__ = ["SIDES", "Result", "macs_and_params", "ours", "torch_pruning_side"]
 
@@ -39,8 +39,6 @@ class Result:
 
 def ours(model: nn.Module, inputs: Inputs, ratio: float, heads: Sequence[nn.Module]) -> Result:
     """`lightning_compress.methods.pruning.prune_channels`; it needs no telling which layers are heads."""
-    from lightning_compress.methods.pruning import prune_channels
-
     start = time.perf_counter()
     pruning = prune_channels(model, inputs, ratio=ratio, ranking="layer")
     seconds = time.perf_counter() - start
@@ -62,6 +60,8 @@ def torch_pruning_side(model: nn.Module, inputs: Inputs, ratio: float, heads: Se
     positions (as bit patterns: pruning only moves values), so that the surviving indices can be read off afterwards
     whatever the tool did, and the values put back. The clock stands meanwhile.
     """
+    import torch_pruning  # an extra of its own; what needs our side only does without
+
     start = time.perf_counter()
     pruner = torch_pruning.pruner.MagnitudePruner(
         model,

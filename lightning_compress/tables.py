@@ -89,9 +89,8 @@ def _caption(results: Results) -> str:
         )
     lines.append("Peak memory: parameters, buffers, inputs and activations that are alive at once.")
     if results.dense.uncounted:
-        lines.append(
-            "Not in the MACs: " + ", ".join(name.removeprefix("aten.") for name in results.dense.uncounted) + "."
-        )
+        names = ", ".join(name.removeprefix("aten.") for name in results.dense.uncounted)
+        lines.append(f"MACs: of the operations that ran, without {names}.")
     return "\n".join(lines)
 
 

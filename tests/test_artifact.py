@@ -42,7 +42,7 @@ class Net(nn.Module):
         return self.head(self.depthwise(x).mean((2, 3)))
 """
 namespace: dict[str, Any] = {}
-exec(NET, namespace)  # noqa: S102
+exec(NET, namespace)
 Net: Callable[..., nn.Module] = namespace["Net"]
 
 
@@ -320,7 +320,7 @@ def refused(path: Path, match: str, net: nn.Module | None = None) -> None:
 def test_every_flipped_bit_is_found(saved: Path, tmp_path: Path) -> None:
     data = saved.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
-    places = [(i, bit) for i in range(0, 40) for bit in range(8)]
+    places = [(i, bit) for i in range(40) for bit in range(8)]
     draw = random.Random(0)
     places += [(draw.randrange(40, header), draw.randrange(8)) for _ in range(400)]
     places += [(draw.randrange(header, len(data)), draw.randrange(8)) for _ in range(200)]
@@ -341,9 +341,9 @@ def test_every_flipped_bit_is_found(saved: Path, tmp_path: Path) -> None:
 def test_truncated_at_any_length(saved: Path, tmp_path: Path) -> None:
     data = saved.read_bytes()
     bad = tmp_path / "bad"
-    for length in [*range(0, 64), *range(64, len(data), 37), len(data) - 1]:
+    for length in [*range(64), *range(64, len(data), 37), len(data) - 1]:
         bad.write_bytes(data[:length])
-        with pytest.raises(ArtifactError, match="truncated|header is damaged"):
+        with pytest.raises(ArtifactError, match=r"truncated|header is damaged"):
             read_metadata(bad)
     bad.write_bytes(data + b"\0")
     refused(bad, f"expected {len(data)} bytes, got {len(data) + 1}")
@@ -409,7 +409,7 @@ def test_models_that_were_compressed_before(saved: Path) -> None:
 def test_a_meta_network_is_refused(saved: Path) -> None:
     with torch.device("meta"):
         net = Net()
-    with pytest.raises(ArtifactError, match="'conv.weight'.*meta device"):
+    with pytest.raises(ArtifactError, match=r"'conv.weight'.*meta device"):
         load_compressed(saved, net)
 
 

@@ -22,9 +22,14 @@ def test_writes_text_and_bytes(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a"
     write_atomic(path, "old")
-    with pytest.raises(type(error)), open_atomic(path) as file:
-        file.write(b"half of the new")
-        raise error
+
+    def write_half() -> None:
+        with open_atomic(path) as file:
+            file.write(b"half of the new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 

@@ -47,11 +47,11 @@ def literal(tracer: Tracer, op: Op, channel: int | None = None, labels: Labels |
 def _place_all(tracer: Tracer, op: Op, outputs: list[Labels], moved: list[Tensor], channel: int | None = None) -> None:
     for labels, grid in zip(outputs, moved, strict=True):
         for dim, vector in tracer.place(op, grid.numpy().astype(np.int64), channel).items():
-            if dim in labels:  # two dims of channels in one: an element would need two labels
-                tracer.space.freeze(labels[dim], f"is merged with other channels by {op.where}")
-                tracer.space.freeze(vector, f"is merged with other channels by {op.where}")
-            else:
-                labels[dim] = vector
+            known = labels.get(dim)
+            if known is not None:  # two dims in one, and an element has one label: the one of the larger dim
+                known, vector = sorted((known, vector), key=lambda v: len(np.unique(v)))
+                tracer.space.freeze(known, f"is merged with other channels by {op.where}")
+            labels[dim] = vector
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")

@@ -88,20 +88,20 @@ def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwa
     Raises:
         EditError: the edits in the checkpoint do not fit the module.
     """
-    original = cls.on_load_checkpoint
     thread = threading.get_ident()
     replayed = False
-
-    @wraps(original)
-    def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
-        nonlocal replayed
-        if threading.get_ident() == thread:  # another thread may be loading the class in its own way
-            replay_checkpoint(self, checkpoint)
-            replayed = True
-        original(self, checkpoint)
-
     with _PATCH:
+        original = cls.on_load_checkpoint
         own = cls.__dict__.get("on_load_checkpoint")
+
+        @wraps(original)
+        def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
+            nonlocal replayed
+            if threading.get_ident() == thread:  # another thread may be loading the class in its own way
+                replay_checkpoint(self, checkpoint)
+                replayed = True
+            original(self, checkpoint)
+
         cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign, assignment]
         try:
             module = cls.load_from_checkpoint(path, **kwargs)

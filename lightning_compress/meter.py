@@ -35,7 +35,7 @@ _MOVES = re.compile(
 )
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Meter(TorchDispatchMode):
     """Sees every operation of a run: whose it is, what it multiplies, what memory it takes.
 
     Attributes:
@@ -52,7 +52,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model = model
         self.counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS, skip_unsupported=True)
         self.layers: Counter[str] = Counter()

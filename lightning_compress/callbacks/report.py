@@ -92,6 +92,7 @@ class CompressionReport(L.Callback):
         """Refuse a metric that no validation can give; make the folder."""
         if stage != "fit":
             return
+        self._calls = ()
         if self.metric is not None and not trainer.enable_validation:
             raise MisconfigurationException(
                 f"metric={self.metric!r} needs validation, and there is none: define `validation_step`, give "
@@ -135,6 +136,10 @@ class CompressionReport(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the artifact, measure it, and report."""
+        if not self._calls:  # a run that had finished before: there was no training to listen to
+            pl_module.to(trainer.strategy.root_device)
+            self._capture(trainer, pl_module, find_network(pl_module, self.network))
+            pl_module.cpu()
         network = pl_module.get_submodule(self._captured)
         dense = self._dense or self._copy(network)
         rewind_edits(dense)

@@ -257,7 +257,7 @@ def edits_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Edit, ...]:
             raise EditError(f"unknown kind of edit {item.get('kind')!r}; known: {sorted(EDIT_KINDS)}")
         try:
             edits.append(kind.from_json(item))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise EditError(f"damaged edit of kind {kind.kind!r}: {error!r}") from error
     return tuple(edits)
 

@@ -244,15 +244,18 @@ class _ValueCheck(_ShapeCheck):
 def _masked(coupling: Coupling, keep: Keep) -> dict[str, Tensor]:
     """The original's floating-point parameters with what is cut set to zero."""
     masked: dict[str, Tensor] = {}
+    zeroed: dict[int, Tensor] = {}  # tied parameters stay tied
     parameters = dict(coupling.model.named_parameters(remove_duplicate=False))
     for name, dims in keep.slices.items():
         if name in parameters and parameters[name].is_floating_point():
-            value = parameters[name].detach().clone()
-            for dim, living in dims.items():
-                gone = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
-                gone[list(living)] = False
-                value.index_fill_(dim, gone.nonzero().view(-1), 0)
-            masked[name] = value
+            parameter = parameters[name]
+            if id(parameter) not in zeroed:
+                zeroed[id(parameter)] = value = parameter.detach().clone()
+                for dim, living in dims.items():
+                    gone = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
+                    gone[list(living)] = False
+                    value.index_fill_(dim, gone.nonzero().view(-1), 0)
+            masked[name] = zeroed[id(parameter)]
     return masked
 
 
@@ -282,7 +285,9 @@ def _compare_ops(
 
     original, small = skeleton(coupling.model, convert), skeleton(trial, convert)
     calls = [call.map(convert) for call in coupling.calls]
-    masked = {name: convert(value) for name, value in _masked(coupling, keep).items()}
+    zeroed = _masked(coupling, keep)
+    converted = {id(value): convert(value) for value in zeroed.values()}
+    masked = {name: converted[id(value)] for name, value in zeroed.items()}
     with evaluating(original), evaluating(small):
         reference = _Reference(coupling, cut)
         expected = _masked_outputs(original, calls, masked, reference)

@@ -74,6 +74,7 @@ class Row:
         seconds: from the dense network to the pruned one.
         cpu_seconds: the same in processor time.
         error: of the proof, relative.
+        effect: how far the outputs moved by the cut, relative; an effect near the error would prove nothing.
     """
 
     verdict: str
@@ -85,6 +86,7 @@ class Row:
     seconds: float = math.nan
     cpu_seconds: float = math.nan
     error: float = math.nan
+    effect: float = math.nan
 
 
 def cases(kinds: Sequence[str], quick: bool, only: Sequence[str], size: int | None) -> Iterator[Case]:
@@ -147,7 +149,8 @@ def run(side: str, case: Case, ratio: float, limit: float) -> Row:
         except Exception as error:  # noqa: BLE001  right at one resolution, broken at another
             return Row("raised", f"at the native size: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
         shares = (after[0] / before[0] if before[0] else 1.0, after[1] / before[1])
-    return Row(verdict.kind, verdict.reason, *shares, whole, layers, result.seconds, cpu, verdict.error)
+    times, proof = (result.seconds, cpu), (verdict.error, verdict.effect)
+    return Row(verdict.kind, verdict.reason, *shares, whole, layers, *times, *proof)
 
 
 def left_whole(case: Case, kept: Kept) -> tuple[int, int]:

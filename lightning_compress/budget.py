@@ -59,14 +59,14 @@ class Budget:
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, from what the dense network costs in each unit."""
-        return {
-            unit: float(value * dense[unit] if value <= 1 else value) for unit, value in self.given().items()
-        }
+        return {unit: float(value * dense[unit] if value <= 1 else value) for unit, value in self.given().items()}
 
     def relaxed(self, fraction: float, dense: Mapping[str, float]) -> dict[str, float]:
-        """Limits on the way: `fraction` of the distance from the dense network to the budget (0 dense, 1 the budget)."""
+        """Limits on the way: `fraction` of the distance from the dense network (0) to the budget (1)."""
         limits = self.limits(dense)
-        return {unit: dense[unit] + fraction * (min(limit, dense[unit]) - dense[unit]) for unit, limit in limits.items()}
+        return {
+            unit: dense[unit] + fraction * (min(limit, dense[unit]) - dense[unit]) for unit, limit in limits.items()
+        }
 
 
 def bisect(fits: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -102,7 +103,9 @@ class Keep:
         dims = self.slices[name]
         return tuple(len(dims[d]) if d in dims else size for d, size in enumerate(self.sizes[name]))
 
-    def check(self, shapes: dict[str, tuple[int, ...]], model: nn.Module, attributes: dict[tuple[str, str], Any]) -> None:
+    def check(
+        self, shapes: dict[str, tuple[int, ...]], model: nn.Module, attributes: dict[tuple[str, str], Any]
+    ) -> None:
         """Raise unless the edit fits; `shapes` and `attributes` are brought up to date as if it had been applied."""
         for name, dims in self.slices.items():
             if name not in shapes:
@@ -114,7 +117,7 @@ class Keep:
                 )
             for dim, indices in dims.items():
                 size = self.sizes[name][dim] if dim < len(self.sizes[name]) else 0
-                ordered = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+                ordered = all(a < b for a, b in pairwise(indices))
                 if not indices or not ordered or indices[0] < 0 or indices[-1] >= size:
                     raise EditError(
                         f"edit of {name!r}, dim {dim}: the kept indices must be ascending, at least one, below {size}"

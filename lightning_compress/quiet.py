@@ -12,39 +12,34 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["undisturbed", "without_observers"]
+__all__ = ["evaluating", "undisturbed", "without_observers"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run `model` in eval mode and without gradients, and leave no trace of having done so.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and a fixed random state; modes and random state are put back on leaving.
 
-    On leaving, the training mode of each module, the buffers and torch's random state are what they were. The fused
-    kernels of attention are off inside, so that what runs is made of ordinary operations.
+    The fused kernels of attention are off inside, so that what runs is made of ordinary operations.
 
     Args:
         model: the network that is run inside the block.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
-        >>> with undisturbed(net):
+        >>> with evaluating(net):
         ...     net.training
         False
         >>> net.training
         True
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(0)
             torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
@@ -52,6 +47,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, and the buffers too are what they were on leaving.
+
+    Args:
+        model: the network that is run inside the block.
+    """
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        with evaluating(model):
+            yield
+    finally:
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from lightning_compress.edits import (
     EditError,
     Keep,
@@ -19,7 +21,6 @@ from lightning_compress.edits import (
     rewind_edits,
     skeleton,
 )
-from torch import nn
 
 
 def net() -> nn.Sequential:
@@ -138,5 +139,5 @@ def test_json_round_trip(chosen: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("damage", [{"kind": "melt"}, {"indices": []}, {"slices": None}, {"sizes": {"0.weight": 3}}])
 def test_damaged_json_is_refused(damage: dict[str, Any]) -> None:
-    with pytest.raises(EditError, match="unknown kind|damaged"):
+    with pytest.raises(EditError, match=r"unknown kind|damaged"):
         edits_from_json([{**keep().to_json(), **damage}])

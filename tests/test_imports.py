@@ -12,7 +12,7 @@ import pytest
 import lightning_compress
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torchvision", "timm", "onnx", "plotly", "wandb", "hydra", "lightning", "sklearn", "scipy")
+HEAVY = ("torchvision", "timm", "onnx", "plotly", "wandb", "hydra", "lightning", "sklearn")
 
 
 def loaded_by(statement: str) -> set[str]:

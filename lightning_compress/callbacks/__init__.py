@@ -1,0 +1,1 @@
+"""Callbacks: when edits happen in a Trainer's run. No tensor maths here."""

@@ -60,7 +60,9 @@ class CompressionCallback(pl.Callback):
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ValueError(f"`{name}` must be a fraction of training in [0, 1] or an epoch, got {value!r}")
             if isinstance(value, float) and value > 1:
-                raise ValueError(f"`{name}` as a float is a fraction of training in [0, 1]; for epoch {value:g} write an integer")
+                raise ValueError(
+                    f"`{name}` as a float is a fraction of training in [0, 1]; for epoch {value:g} write an integer"
+                )
         if type(start) is type(end) and start > end:
             raise ValueError(f"`start` must not be after `end`, got start={start}, end={end}")
         if not isinstance(steps, int) or steps < 1:
@@ -118,12 +120,16 @@ class CompressionCallback(pl.Callback):
         """Edit, if an edit is due at this epoch."""
         self._edit_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Edit, if an edit is due at this step; never inside an accumulation."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._edit_if_due(trainer, pl_module, "step", trainer.global_step)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Hand the gradients to the method."""
         self.constrain(trainer, pl_module)
 
@@ -163,7 +169,9 @@ class CompressionCallback(pl.Callback):
         """The inverse of `state_dict`."""
         self.done, self.dense = state_dict["done"], dict(state_dict["dense"])
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Put the network's history into the checkpoint."""
         record_edits(pl_module, find_network(pl_module, self.network), checkpoint)
 
@@ -173,5 +181,3 @@ def _tell(trainer: pl.Trainer, hook: str, pl_module: pl.LightningModule, *args: 
         listener = getattr(callback, hook, None)
         if listener is not None:
             listener(trainer, pl_module, *args)
-
-

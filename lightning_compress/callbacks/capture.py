@@ -8,24 +8,22 @@ are taken at fixed places of the data set, so that a resumed run, and every rank
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import Metric
 
+from lightning_compress.callbacks.dry import StopStep, dry_step
 from lightning_compress.calls import Call, batch_size
 
 __all__ = ["Captured", "capture", "find_network"]
@@ -70,14 +68,14 @@ def find_network(module: pl.LightningModule, network: str | None = None) -> str:
     names = dict(module.named_modules())
     if network not in names:
         known = ", ".join(name for name, _ in module.named_children())
-        raise MisconfigurationException(f"`network`: {type(module).__name__} has no submodule {network!r}; it has {known}")
+        raise MisconfigurationException(
+            f"`network`: {type(module).__name__} has no submodule {network!r}; it has {known}"
+        )
     inner = f"{network}._orig_mod"
     return inner if network and inner in names else network
 
 
-def capture(
-    trainer: pl.Trainer, module: pl.LightningModule, network: str | None = None, samples: int = 1
-) -> Captured:
+def capture(trainer: pl.Trainer, module: pl.LightningModule, network: str | None = None, samples: int = 1) -> Captured:
     """Record how the network is called. Callable from `on_train_start` on; leaves no trace in the run.
 
     Args:
@@ -98,7 +96,7 @@ def capture(
         torch.manual_seed(0)
         for batch in _batches(trainer.train_dataloader, samples):
             recorder = _Recorder(module, path)
-            with _dry(module), recorder:
+            with dry_step(module), recorder:
                 _run_step(trainer, module, batch)
             if not recorder.calls:
                 raise MisconfigurationException(
@@ -191,9 +189,8 @@ def _loader_batches(loader: Any, samples: int) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         yield from loader  # a stream has no places: its first batches
         return
-    generators = [g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None]
-    states = [g.get_state() for g in generators]
-    length = len(dataset)  # type: ignore[arg-type]
+    assert dataset is not None
+    length = len(dataset)
     size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
     if size is None:  # automatic batching is off: each item is a batch
         yield from (loader.collate_fn(dataset[i]) for i in range(length))
@@ -204,8 +201,6 @@ def _loader_batches(loader: Any, samples: int) -> Iterator[Any]:
         chosen = places[start : start + size]
         fetch_many = getattr(dataset, "__getitems__", None)
         yield loader.collate_fn(fetch_many(chosen) if fetch_many else [dataset[i] for i in chosen])
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
 
 
 def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
@@ -213,87 +208,11 @@ def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> No
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     step = type(module).training_step  # not the instance's: another callback may have wrapped that
-    accepted = inspect.signature(step).parameters
-    if "dataloader_iter" in accepted:
+    accepted = list(inspect.signature(step).parameters.values())[1:]
+    if any(parameter.name == "dataloader_iter" for parameter in accepted):
         raise MisconfigurationException("compression does not work with a `training_step` that takes `dataloader_iter`")
-    extra = {"batch_idx": 0} if "batch_idx" in accepted else {}
-    with trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
-        try:
-            step(module, batch, **extra)
-        except _Stop:
-            pass
-
-
-class _Stop(BaseException):
-    """Ends a dry step; no `except Exception` of the user's may hold it up."""
-
-
-class _DryOptimizer:
-    """Stands in for an optimizer: all that would change anything ends the step."""
-
-    def __init__(self, optimizer: LightningOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def step(self, *_: Any, **__: Any) -> None:
-        raise _Stop
-
-    def zero_grad(self, *_: Any, **__: Any) -> None:
-        """Nothing to clear: gradients are put back after the step."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-
-@contextmanager
-def _dry(module: pl.LightningModule) -> Iterator[None]:
-    """Put back, on leaving, what a training step may leave behind."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    parameters = [(p, p.grad, p.requires_grad) for p in module.parameters()]
-    metrics = [(m, {name: copy.deepcopy(m.__dict__[name]) for name in _metric_state(m)}) for m in module.modules() if isinstance(m, Metric)]
-    containers = [
-        (m, name, copy.copy(value))
-        for m in module.modules()
-        for name, value in m.__dict__.items()
-        if type(value) in (list, dict, set) and not name.startswith("_")
-    ]
-    patched: dict[str, Any] = {"log": _ignore, "log_dict": _ignore, "manual_backward": _stop}
-    if not module.automatic_optimization:
-        patched["optimizers"] = lambda *args, **kwargs: pytree.tree_map(
-            lambda o: _DryOptimizer(o) if isinstance(o, LightningOptimizer) else o,
-            type(module).optimizers(module, *args, **kwargs),
-        )
-    before = {name: module.__dict__[name] for name in patched if name in module.__dict__}
-    for p, _, _ in parameters:
-        p.grad = None
-    module.__dict__.update(patched)
-    try:
-        yield
-    finally:
-        for name in patched:
-            del module.__dict__[name]
-        module.__dict__.update(before)
-        for owner, name, value in containers:
-            setattr(owner, name, value)
-        for metric, state in metrics:
-            metric.__dict__.update(state)
-        for p, grad, requires_grad in parameters:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-def _metric_state(metric: Metric) -> list[str]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_is_synced", "_cache"]
-    return [name for name in names if name in metric.__dict__]
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _stop(*_: Any, **__: Any) -> None:
-    raise _Stop
-
-
+    indexed = len(accepted) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in accepted)
+    arguments = (batch, 0) if indexed else (batch,)
+    eager = torch.compiler.set_stance("force_eager")
+    with trainer.precision_plugin.train_step_context(), eager, contextlib.suppress(StopStep):
+        step(module, *arguments)

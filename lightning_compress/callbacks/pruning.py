@@ -15,8 +15,9 @@ from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.coupling import Coupling, Location, trace_coupling
 from lightning_compress.edits import Edit
 from lightning_compress.methods.calibration import Refit
+from lightning_compress.methods.choosing import Selection, costs
 from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
-from lightning_compress.methods.pruning import ChannelPlan, Selection, costs, plan_channels
+from lightning_compress.methods.pruning import ChannelPlan, plan_channels
 
 __all__ = ["ChannelPruning"]
 
@@ -79,9 +80,10 @@ class ChannelPruning(CompressionCallback):
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
         if sparsity < 0 or (sparsity and criterion != "bn_scale"):
-            raise ValueError(f"`sparsity` must be >= 0 and goes with criterion='bn_scale', got {sparsity!r} with {criterion!r}")
-        patterns = exclude if isinstance(exclude, str) else tuple(exclude)
-        self.selection = Selection(criterion, ranking, round_to, patterns, floor)  # type: ignore[arg-type]
+            raise ValueError(
+                f"`sparsity` must be >= 0 and goes with criterion='bn_scale', got {sparsity!r} with {criterion!r}"
+            )
+        self.selection = Selection(criterion, ranking, round_to, exclude, floor)
         if criterion == "taylor" and start == 0:
             raise ValueError("criterion='taylor' gathers gradients before the first edit: `start` must be after 0")
         self.budget, self.refit, self.samples, self.sparsity = budget, refit, samples, sparsity

@@ -27,8 +27,9 @@ def check_surroundings(trainer: pl.Trainer) -> None:
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise MisconfigurationException(
-            f"compression during training does not work with {type(trainer.strategy).__name__}: it shards the parameters "
-            "before they could be edited. Use DDP or a single device, or compress first and train the result."
+            f"compression during training does not work with {type(trainer.strategy).__name__}: it shards "
+            "the parameters before they could be edited. Use DDP or a single device, or compress first and train what "
+            "comes out."
         )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in _callbacks(trainer)):
         raise MisconfigurationException(
@@ -96,4 +97,4 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
 
 def _averages(trainer: pl.Trainer) -> list[pl.LightningModule]:
     found = [c._average_model for c in _callbacks(trainer) if isinstance(c, WeightAveraging)]
-    return [average.module for average in found if average is not None]
+    return [average.module for average in found if average is not None]  # type: ignore[misc]

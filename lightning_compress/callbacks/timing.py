@@ -28,7 +28,9 @@ class Milestone:
     amount: float
 
 
-def milestones(trainer: pl.Trainer, start: float | int, end: float | int, steps: int, schedule: Schedule) -> list[Milestone]:
+def milestones(
+    trainer: pl.Trainer, start: float | int, end: float | int, steps: int, schedule: Schedule
+) -> list[Milestone]:
     """The milestones of a run, oldest first; those that fall on the same epoch or step are one.
 
     Runs with a limit of steps are measured in steps, others in epochs. At least one epoch (or step) is left after the
@@ -48,9 +50,13 @@ def milestones(trainer: pl.Trainer, start: float | int, end: float | int, steps:
         )
     first, last = (float(v * per_epoch) if isinstance(v, int) else v * total for v in (start, end))
     if first > last:
-        raise MisconfigurationException(f"`start` is {unit} {first:g} and `end` {unit} {last:g}: `start` must not be after `end`")
+        raise MisconfigurationException(
+            f"`start` is {unit} {first:g} and `end` {unit} {last:g}: `start` must not be after `end`"
+        )
     if (isinstance(start, int) and first >= total) or (isinstance(end, int) and last > total):
-        raise MisconfigurationException(f"edits between {unit} {first:g} and {last:g}, but training ends at {unit} {total:g}")
+        raise MisconfigurationException(
+            f"edits between {unit} {first:g} and {last:g}, but training ends at {unit} {total:g}"
+        )
     amounts: dict[int, float] = {}
     for index in range(steps):
         place = last if steps == 1 and schedule(0.0) < 1 else first + (last - first) * index / max(steps - 1, 1)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_compress.calls import Call, as_calls, batch_size, resize_batch
 from lightning_compress.coupling.labels import KERNEL, Vector
-from lightning_compress.coupling.trace import Tracer, evaluating, module_stack
+from lightning_compress.coupling.trace import Tracer, module_stack
 from lightning_compress.edits import Attribute, Keep
+from lightning_compress.quiet import undisturbed
 
 __all__ = ["Coupling", "Group", "Location", "Mask", "trace_coupling"]
 
@@ -273,6 +274,7 @@ def trace_coupling(model: nn.Module, inputs: Tensor | Call | Sequence[Any]) -> C
         The coupling.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> coupling = trace_coupling(net, torch.zeros(1, 3, 8, 8))
         >>> [(group.name, len(group.classes), group.locations) for group in coupling.groups]
@@ -281,7 +283,7 @@ def trace_coupling(model: nn.Module, inputs: Tensor | Call | Sequence[Any]) -> C
         "reaches the network's output"
     """
     calls = resize_batch(as_calls(inputs), 2)
-    with evaluating(model), module_stack(model) as stack:
+    with undisturbed(model), module_stack(model) as stack:
         tracer = Tracer(model, stack)
         tracer.run(model, calls)
         ops, costs = tracer.ops, tracer.costs
@@ -293,8 +295,7 @@ def trace_coupling(model: nn.Module, inputs: Tensor | Call | Sequence[Any]) -> C
 
 
 def _trace_training(tracer: Tracer, model: nn.Module, calls: Sequence[Call]) -> None:
-    """Follow the labels through a run in training mode, whose marks on the buffers are taken back."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Follow the labels through a run in training mode."""
     tracer.ops, tracer.costs = [], []
     try:
         for module in model.modules():
@@ -306,8 +307,3 @@ def _trace_training(tracer: Tracer, model: nn.Module, calls: Sequence[Call]) -> 
         for op in tracer.ops:
             for vector in op.vectors():
                 tracer.space.freeze(vector, reason)
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
-
-

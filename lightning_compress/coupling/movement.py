@@ -40,7 +40,9 @@ def literal(tracer: Tracer, op: Op, channel: int | None = None, labels: Labels |
         rest = pytree.tree_map_only(Tensor, lambda t: t.cpu(), (op.args[1:], op.kwargs))
         kwargs = {k: v for k, v in rest[1].items() if k not in ("device", "dtype", "layout", "memory_format")}
         moved = op.func(grid, *rest[0], **kwargs)
-        _place_all(tracer, op, outputs, [leaf for leaf in pytree.tree_leaves(moved) if isinstance(leaf, Tensor)], channel)
+        _place_all(
+            tracer, op, outputs, [leaf for leaf in pytree.tree_leaves(moved) if isinstance(leaf, Tensor)], channel
+        )
     return outputs
 
 

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_compress.calls import Call
 from lightning_compress.coupling.graph import Coupling, Mask
 from lightning_compress.coupling.labels import Labels
-from lightning_compress.coupling.trace import Op, evaluating
+from lightning_compress.coupling.trace import Op
 from lightning_compress.edits import Keep, apply_edits, skeleton
+from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["Fault", "Proof", "prove"]
 
@@ -61,7 +62,7 @@ class Proof:
     fault: Fault | None = field(default=None)
 
 
-class _Divergence(Exception):
+class _DivergenceError(Exception):
     """Stops the trial run at the first op that differs."""
 
 
@@ -77,15 +78,18 @@ def prove(coupling: Coupling, keep: Keep, cut: Mask, tolerance: float = 1e-5) ->
     Returns:
         The proof, or the fault that says where it broke.
     """
-    trial = skeleton(coupling.model, lambda tensor: tensor)
+    with without_observers(coupling.model):
+        trial = skeleton(coupling.model, lambda tensor: tensor)
     apply_edits(trial, [keep])
     restricted = any(op.restricted and _is_cut(coupling, op, cut) for op in coupling.ops)
     kind = "restricted" if restricted else "exact"
-    with evaluating(coupling.model), evaluating(trial):
+    with undisturbed(coupling.model), undisturbed(trial):
         outputs, fault = _run(trial, coupling.calls, _ShapeCheck(coupling, cut))
         if fault is None:
             reference = _Reference(coupling, cut, every=False) if restricted else nullcontext()
-            error = _difference(_masked_outputs(coupling.model, coupling.calls, _masked(coupling, keep), reference), outputs)
+            error = _difference(
+                _masked_outputs(coupling.model, coupling.calls, _masked(coupling, keep), reference), outputs
+            )
             if error <= tolerance:
                 return Proof(kind, error)
             # Rounding in a deep network, or a real difference? Op by op, in double precision.
@@ -97,15 +101,13 @@ def _is_cut(coupling: Coupling, op: Op, cut: Mask) -> bool:
     return any(cut[coupling.classes[vector]].any() for vector in op.vectors())
 
 
-def _run(
-    trial: nn.Module, calls: Sequence[Call], check: _ShapeCheck | _ValueCheck
-) -> tuple[list[Any], Fault | None]:
+def _run(trial: nn.Module, calls: Sequence[Call], check: _ShapeCheck | _ValueCheck) -> tuple[list[Any], Fault | None]:
     """Run the trial under a check; the fault is the check's, or the exception that the network raised."""
     torch.manual_seed(0)
     try:
         with check:
             outputs = [trial.get_submodule(call.path)(*call.args, **call.kwargs) for call in calls]
-    except _Divergence as error:
+    except _DivergenceError as error:
         return [], Fault(check.index, str(error))
     except Exception as error:  # noqa: BLE001  whatever user code raises when sizes do not fit is a fault of the plan
         return [], Fault(min(check.index, len(check.coupling.ops) - 1), f"{type(error).__name__}: {error}")
@@ -141,14 +143,14 @@ class _ShapeCheck(TorchDispatchMode):
             return result
         ops = self.coupling.ops
         if self.index >= len(ops):
-            raise _Divergence("the network took another way and ran more ops")
+            raise _DivergenceError("the network took another way and ran more ops")
         op = ops[self.index]
         if func is not op.func:
-            raise _Divergence(f"the network took another way: {func} instead of {op.func}")
+            raise _DivergenceError(f"the network took another way: {func} instead of {op.func}")
         for out, shape, labels in zip(outs, op.shapes, op.outputs, strict=False):
             expected = self.expected(shape, labels)
             if tuple(out.shape) != expected:
-                raise _Divergence(f"expected shape {list(expected)}, got {list(out.shape)}")
+                raise _DivergenceError(f"expected shape {list(expected)}, got {list(out.shape)}")
         self.check(op, outs)
         self.index += 1
         return result
@@ -238,7 +240,7 @@ class _ValueCheck(_ShapeCheck):
         error = _difference(self.kept[self.index], outs)
         self.error = max(self.error, error) if op.vectors() else self.error
         if error > self.tolerance:
-            raise _Divergence(f"differs from the original by {error:.1g} (relative)")
+            raise _DivergenceError(f"differs from the original by {error:.1g} (relative)")
 
 
 def _masked(coupling: Coupling, keep: Keep) -> dict[str, Tensor]:
@@ -283,12 +285,13 @@ def _compare_ops(
     def convert(tensor: Tensor) -> Tensor:
         return tensor.to(kind) if tensor.is_floating_point() else tensor
 
-    original, small = skeleton(coupling.model, convert), skeleton(trial, convert)
+    with without_observers(coupling.model):
+        original, small = skeleton(coupling.model, convert), skeleton(trial, convert)
     calls = [call.map(convert) for call in coupling.calls]
     zeroed = _masked(coupling, keep)
     converted = {id(value): convert(value) for value in zeroed.values()}
     masked = {name: converted[id(value)] for name, value in zeroed.items()}
-    with evaluating(original), evaluating(small):
+    with undisturbed(original), undisturbed(small):
         reference = _Reference(coupling, cut)
         expected = _masked_outputs(original, calls, masked, reference)
         values = _ValueCheck(coupling, cut, reference.kept, min(tolerance, 1e-8) if precise else tolerance)

@@ -89,7 +89,8 @@ def broadcast(tracer: Tracer, op: Op, tensors: Sequence[Tensor], shape: Sequence
 
 
 @rule("_to_copy", "_prelu_kernel", "native_dropout", "alias", "detach", "lift_fresh", "hardswish", "hardtanh", "copy",
-      "rrelu_with_noise", "bernoulli", "masked_fill", "fill", "zero", "normal", "uniform", "contiguous", "dropout")  # fmt: skip
+      "rrelu_with_noise", "bernoulli", "masked_fill", "fill", "zero", "normal", "uniform", "contiguous",
+      "dropout")  # fmt: skip
 def elementwise(tracer: Tracer, op: Op) -> Sequence[Labels]:
     """Ops that work on each element alone."""
     tensors = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
@@ -287,9 +288,7 @@ def reduction(tracer: Tracer, op: Op) -> Sequence[Labels]:
             tracer.freeze(labels, f"is indexed by {op.where}", dims)
         op.restricted = True
     keepdim = bool(arguments.get("keepdim", False))
-    kept = {
-        d if keepdim else d - sum(r < d for r in dims): vector for d, vector in labels.items() if d not in dims
-    }
+    kept = {d if keepdim else d - sum(r < d for r in dims): vector for d, vector in labels.items() if d not in dims}
     return [kept for _ in op.outs]
 
 

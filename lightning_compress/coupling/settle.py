@@ -86,9 +86,7 @@ def _sizes(coupling: Coupling, op: Op, cut: Mask) -> Iterator[tuple[Attribute, t
                 yield len(vector), (vector,)
 
 
-def _hold(
-    coupling: Coupling, path: str, sizes: Mapping[Attribute, tuple[Vector, ...]]
-) -> list[tuple[str, str]]:
+def _hold(coupling: Coupling, path: str, sizes: Mapping[Attribute, tuple[Vector, ...]]) -> list[tuple[str, str]]:
     """Let the attributes that hold one of `sizes` follow: of the module at `path`, or else of the nearest around it."""
     while True:
         found = []
@@ -116,7 +114,7 @@ def _siblings(coupling: Coupling, op: Op) -> Iterator[Op]:
 
 
 def _freeze(coupling: Coupling, fault: Fault, cut: Mask) -> None:
-    """Freeze what flows through the op at fault, or, where nothing that was cut does, through the nearest that has it."""
+    """Freeze what flows through the op at fault; where nothing that was cut does, what flows through the nearest."""
     ops = coupling.ops
     start = min(fault.index, len(ops) - 1)
     nearest = [*range(start, -1, -1), *range(start + 1, len(ops))]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -19,7 +18,7 @@ from lightning_compress.calls import Call, run_calls
 from lightning_compress.coupling.labels import Labels, LabelSpace, Vector
 from lightning_compress.edits import named_tensors
 
-__all__ = ["Op", "Tracer", "evaluating", "module_stack"]
+__all__ = ["Op", "Tracer", "module_stack"]
 
 
 @dataclass
@@ -214,7 +213,6 @@ class Tracer(TorchDispatchMode):
         self._labels = {}
 
 
-
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[Callable[[], str]]:
     """While open, yields a function that says which submodule of `model` is running, by dotted name."""
@@ -232,21 +230,3 @@ def module_stack(model: nn.Module) -> Iterator[Callable[[], str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, and a random state that is put back; each module's mode is restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = {tensor.device.index for _, tensor in named_tensors(model) if tensor.device.type == "cuda"}
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused op over a whole encoder layer hides every channel
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            torch.manual_seed(0)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in modes:
-            module.training = training

@@ -1,0 +1,1 @@
+"""Methods: pure functions from a network, an amount and calibration data to edits. No Lightning here."""

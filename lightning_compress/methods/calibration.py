@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_compress.calls import Call, run_calls
 from lightning_compress.coupling import Coupling, Mask
 from lightning_compress.coupling.labels import Vector
-from lightning_compress.coupling.trace import evaluating
+from lightning_compress.quiet import evaluating, undisturbed
 
 __all__ = ["Refit", "reestimate_batchnorm"]
 
@@ -99,7 +99,7 @@ class Refit:
         consumers = list(_consumers(model, coupling, cut))
         handles = [consumer.module.register_forward_pre_hook(consumer.gather) for consumer in consumers]
         try:
-            with evaluating(model):
+            with undisturbed(model):
                 run_calls(model, calls)
         finally:
             for handle in handles:
@@ -111,9 +111,9 @@ class Refit:
         """Set the new weights and re-estimate BatchNorm; the edit must have been applied."""
         with torch.no_grad():
             for module, weight, bias in self._new:
-                module.weight.copy_(weight)  # type: ignore[operator, union-attr]
+                module.weight.copy_(weight)
                 if bias is not None:
-                    module.bias.copy_(bias)  # type: ignore[operator, union-attr]
+                    module.bias.copy_(bias)  # type: ignore[union-attr]
         reestimate_batchnorm(self.model, self.calls)
 
 
@@ -223,7 +223,9 @@ def reestimate_batchnorm(model: nn.Module, calls: Sequence[Call]) -> None:
 
 @contextmanager
 def _cumulative(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None]
+    before = [
+        (norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None
+    ]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True  # None: a plain average over all batches

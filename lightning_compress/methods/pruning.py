@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.budget import Budget, BudgetError, bisect
+from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, skeleton
-from lightning_compress.methods.criteria import Scores, check_criterion, score_channels
+from lightning_compress.methods.choosing import Chooser, Selection, costs
+from lightning_compress.methods.criteria import score_channels
 
-__all__ = ["ChannelPlan", "Pruning", "Selection", "costs", "plan_channels", "prune_channels"]
-
-UNITS: Mapping[str, Callable[[Coupling, Mask], float]] = {
-    "macs": Coupling.macs,
-    "params": Coupling.params,
-    "bytes": Coupling.bytes,
-}
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How channels are chosen.
-
-    Attributes:
-        criterion: a name in `criteria.CRITERIA`.
-        ranking: `global`: all layers compete; `layer`: each layer loses the same fraction.
-        round_to: layers keep a multiple of this many channels (those that have as many).
-        exclude: patterns of module names (`fnmatch`) whose output channels stay.
-        floor: smallest fraction of a layer's channels that stays; at least one channel does.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    criterion: str = "l2"
-    ranking: Literal["global", "layer"] = "global"
-    round_to: int = 1
-    exclude: tuple[str, ...] = ()
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_criterion(self.criterion)
-        if self.ranking not in ("global", "layer"):
-            raise ValueError(f"`ranking` must be 'global' or 'layer', got {self.ranking!r}")
-        if not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
-        if isinstance(self.exclude, str):
-            raise ValueError(f"`exclude` must be a list of patterns, got the string {self.exclude!r}")
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"`floor` must be in [0, 1), got {self.floor!r}")
+__all__ = ["ChannelPlan", "Pruning", "plan_channels", "prune_channels"]
 
 
 @dataclass(frozen=True)
@@ -88,13 +49,6 @@ class Pruning:
     proof: str
     frozen: Mapping[str, str] = field(default_factory=dict)
     costs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-
-def costs(coupling: Coupling, cut: Mask | None = None) -> dict[str, float]:
-    """What the network costs in each unit, once `cut` is gone."""
-    mask = coupling.nothing_cut() if cut is None else cut
-    found = {unit: cost(coupling, mask) for unit, cost in UNITS.items()}
-    return found if cut is not None else {**found, "bytes": float(artifact_bytes(coupling.model))}
 
 
 def plan_channels(
@@ -142,7 +96,7 @@ def plan_channels(
         targets["bytes"] -= artifact_bytes(model) - coupling.bytes(coupling.nothing_cut())
 
     def choose(current: Coupling) -> Mask:
-        chooser = _Chooser(current, selection, scores)
+        chooser = Chooser(current, selection, scores)
         return chooser.by_ratio(ratio) if ratio is not None else chooser.within(targets)
 
     while True:
@@ -193,6 +147,7 @@ def prune_channels(
         ValueError: bad arguments, or a network in which nothing can be cut.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
         >>> pruning = prune_channels(net, torch.zeros(1, 1, 12, 12), Budget(macs=0.5))
         >>> before, after = pruning.costs["macs"]
@@ -229,91 +184,15 @@ def _exclude(coupling: Coupling, patterns: Sequence[str]) -> None:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near) or names[:5]}")
+            raise ValueError(
+                f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near) or names[:5]}"
+            )
         inside = tuple(f"{module}." for module in matched if module)
-        kept = [classes for (name, dim), classes in coupling.locations.items() if dim == 0 and name.startswith(inside)]
+        kept = []
+        for (name, dim), classes in coupling.locations.items():
+            owner = coupling.model.get_submodule(name.rpartition(".")[0])
+            weight = coupling.model.state_dict(keep_vars=True).get(name)
+            produced = 1 if getattr(owner, "transposed", False) and weight is not None and weight.dim() > 1 else 0
+            if dim == produced and name.startswith(inside):
+                kept.append(classes)
         coupling.freeze(kept, f"excluded by pattern {pattern!r}")
-
-
-class _Chooser:
-    """Turns scores into a choice: the worst channels first, within what each layer must keep."""
-
-    def __init__(self, coupling: Coupling, selection: Selection, scores: Scores) -> None:
-        self.coupling, self.selection = coupling, selection
-        self.groups = [group for group in coupling.groups if not np.isnan(scores[group.classes]).any()]
-        self.ranked = [group.classes[np.argsort(scores[group.classes], kind="stable")] for group in self.groups]
-        self.least = [self._round(len(g.classes), max(1, int(np.ceil(len(g.classes) * selection.floor)))) for g in self.groups]
-        cuttable = [r[: len(r) - least] for r, least in zip(self.ranked, self.least, strict=True)]
-        everything = np.concatenate([*cuttable, np.empty(0, np.int64)])
-        self.order = everything[np.argsort(scores[everything], kind="stable")]
-
-    def _round(self, size: int, keep: int) -> int:
-        """`keep` rounded up to a multiple, or all of a layer that is smaller than one."""
-        step = self.selection.round_to
-        return min(size, -(-keep // step) * step) if size >= step else size
-
-    def mask(self, keep: Sequence[int]) -> Mask:
-        """Cut each layer down to `keep` channels."""
-        cut = self.coupling.nothing_cut()
-        for ranked, count in zip(self.ranked, keep, strict=True):
-            cut[ranked[: len(ranked) - count]] = True
-        return cut
-
-    def prefix(self, length: int) -> Mask:
-        """Cut the `length` worst channels of the whole network."""
-        cut = self.coupling.nothing_cut()
-        cut[self.order[:length]] = True
-        if self.selection.round_to == 1:
-            return cut
-        return self.mask([self._down(len(r), int((~cut[r]).sum()), m) for r, m in zip(self.ranked, self.least, strict=True)])
-
-    def _down(self, size: int, keep: int, least: int) -> int:
-        step = self.selection.round_to
-        return size if keep == size else max(least, keep // step * step)
-
-    def layerwise(self, amount: float) -> Mask:
-        """Cut the fraction `amount` of each layer."""
-        keep = [self._down(len(r), len(r) - int(len(r) * amount), m) for r, m in zip(self.ranked, self.least, strict=True)]
-        return self.mask(keep)
-
-    def by_ratio(self, ratio: float) -> Mask:
-        """Cut a fraction of the channels."""
-        if self.selection.ranking == "layer":
-            return self.layerwise(ratio)
-        return self.prefix(min(len(self.order), round(ratio * sum(map(len, self.ranked)))))
-
-    def within(self, limits: Mapping[str, float]) -> Mask:
-        """The smallest cut that meets the limits, then whatever can be given back under them."""
-
-        def fits(cut: Mask) -> bool:
-            return all(UNITS[unit](self.coupling, cut) <= limit for unit, limit in limits.items())
-
-        if fits(self.coupling.nothing_cut()):
-            return self.coupling.nothing_cut()
-        if self.selection.ranking == "layer":
-            candidates, steps = (lambda n: self.layerwise(n / 1024)), 1024
-        else:
-            candidates, steps = self.prefix, len(self.order)
-        found = bisect(lambda n: fits(candidates(n)), 0, steps)
-        if found is None:
-            self._refuse(limits, candidates(steps))
-        cut = candidates(found or 0)
-        return self._give_back(cut, fits) if self.selection.round_to == 1 else cut
-
-    def _give_back(self, cut: Mask, fits: Callable[[Mask], bool], tries: int = 200) -> Mask:
-        """Bring back the best of the cut channels, as long as the limits hold."""
-        for channel in self.order[::-1][cut[self.order[::-1]]][:tries]:
-            cut[channel] = False
-            cut[channel] = not fits(cut)
-        return cut
-
-    def _refuse(self, limits: Mapping[str, float], smallest: Mask) -> None:
-        dense, least = costs(self.coupling), costs(self.coupling, smallest)
-        worst = max(limits, key=lambda unit: least[unit] / limits[unit])
-        raise BudgetError(
-            f"a budget of {limits[worst]:,.0f} {worst} cannot be met: this network has {dense[worst]:,.0f}, and the "
-            f"lowest reachable by cutting channels is {least[worst]:,.0f} ({least[worst] / dense[worst]:.3f} of it), with "
-            f"floor={self.selection.floor} and {len(self.groups)} layers that can be cut; ask for more, or lower `floor`"
-        )
-
-

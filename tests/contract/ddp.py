@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning_compress.edits import edits_to_json, history
 
+from lightning_compress.edits import edits_to_json, history
 from tests.contract.methods import METHODS
 from tests.contract.runs import fit, task
 

@@ -11,12 +11,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.budget import BudgetError
 from lightning_compress.edits import EditError, apply_edits, history
 from lightning_compress.footprint import Footprint, measure
-from safetensors.torch import save_file
-
 from tests.contract.methods import METHODS, Method
 from tests.contract.nets import NETS
 from tests.contract.runs import EPOCHS, Metrics, data, fit, task

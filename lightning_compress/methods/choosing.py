@@ -1,0 +1,151 @@
+"""Choosing: which channels go, given their scores and what is allowed to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lightning_compress.artifact import artifact_bytes
+from lightning_compress.budget import BudgetError, bisect
+from lightning_compress.coupling import Coupling, Mask
+from lightning_compress.methods.criteria import Scores, check_criterion
+
+__all__ = ["Chooser", "Selection", "costs"]
+
+UNITS: Mapping[str, Callable[[Coupling, Mask], float]] = {
+    "macs": Coupling.macs,
+    "params": Coupling.params,
+    "bytes": Coupling.bytes,
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How channels are chosen.
+
+    Attributes:
+        criterion: a name in `criteria.CRITERIA`.
+        ranking: `global`: all layers compete; `layer`: each layer loses the same fraction.
+        round_to: layers keep a multiple of this many channels (those that have as many).
+        exclude: patterns of module names (`fnmatch`) whose output channels stay.
+        floor: smallest fraction of a layer's channels that stays; at least one channel does.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    criterion: str = "l2"
+    ranking: Literal["global", "layer"] = "global"
+    round_to: int = 1
+    exclude: Sequence[str] = ()
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_criterion(self.criterion)
+        if self.ranking not in ("global", "layer"):
+            raise ValueError(f"`ranking` must be 'global' or 'layer', got {self.ranking!r}")
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
+        if isinstance(self.exclude, str):
+            raise ValueError(f"`exclude` must be a list of patterns, got the string {self.exclude!r}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"`floor` must be in [0, 1), got {self.floor!r}")
+
+
+def costs(coupling: Coupling, cut: Mask | None = None) -> dict[str, float]:
+    """What the network costs in each unit, once `cut` is gone."""
+    mask = coupling.nothing_cut() if cut is None else cut
+    found = {unit: cost(coupling, mask) for unit, cost in UNITS.items()}
+    return found if cut is not None else {**found, "bytes": float(artifact_bytes(coupling.model))}
+
+
+class Chooser:
+    """Turns scores into a choice: the worst channels first, within what each layer must keep."""
+
+    def __init__(self, coupling: Coupling, selection: Selection, scores: Scores) -> None:
+        self.coupling, self.selection = coupling, selection
+        self.groups = [group for group in coupling.groups if not np.isnan(scores[group.classes]).any()]
+        self.ranked = [group.classes[np.argsort(scores[group.classes], kind="stable")] for group in self.groups]
+        self.least = [
+            self._round(len(g.classes), max(1, int(np.ceil(len(g.classes) * selection.floor)))) for g in self.groups
+        ]
+        cuttable = [r[: len(r) - least] for r, least in zip(self.ranked, self.least, strict=True)]
+        everything = np.concatenate([*cuttable, np.empty(0, np.int64)])
+        self.order = everything[np.argsort(scores[everything], kind="stable")]
+
+    def _round(self, size: int, keep: int) -> int:
+        """`keep` rounded up to a multiple, or all of a layer that is smaller than one."""
+        step = self.selection.round_to
+        return min(size, -(-keep // step) * step) if size >= step else size
+
+    def mask(self, keep: Sequence[int]) -> Mask:
+        """Cut each layer down to `keep` channels."""
+        cut = self.coupling.nothing_cut()
+        for ranked, count in zip(self.ranked, keep, strict=True):
+            cut[ranked[: len(ranked) - count]] = True
+        return cut
+
+    def prefix(self, length: int) -> Mask:
+        """Cut the `length` worst channels of the whole network."""
+        cut = self.coupling.nothing_cut()
+        cut[self.order[:length]] = True
+        if self.selection.round_to == 1:
+            return cut
+        return self.mask(
+            [self._down(len(r), int((~cut[r]).sum()), m) for r, m in zip(self.ranked, self.least, strict=True)]
+        )
+
+    def _down(self, size: int, keep: int, least: int) -> int:
+        step = self.selection.round_to
+        return size if keep == size else max(least, keep // step * step)
+
+    def layerwise(self, amount: float) -> Mask:
+        """Cut the fraction `amount` of each layer."""
+        keep = [
+            self._down(len(r), len(r) - int(len(r) * amount), m) for r, m in zip(self.ranked, self.least, strict=True)
+        ]
+        return self.mask(keep)
+
+    def by_ratio(self, ratio: float) -> Mask:
+        """Cut a fraction of the channels."""
+        if self.selection.ranking == "layer":
+            return self.layerwise(ratio)
+        return self.prefix(min(len(self.order), round(ratio * sum(map(len, self.ranked)))))
+
+    def within(self, limits: Mapping[str, float]) -> Mask:
+        """The smallest cut that meets the limits, then whatever can be given back under them."""
+
+        def fits(cut: Mask) -> bool:
+            return all(UNITS[unit](self.coupling, cut) <= limit for unit, limit in limits.items())
+
+        if fits(self.coupling.nothing_cut()):
+            return self.coupling.nothing_cut()
+        if self.selection.ranking == "layer":
+            candidates, steps = (lambda n: self.layerwise(n / 1024)), 1024
+        else:
+            candidates, steps = self.prefix, len(self.order)
+        found = bisect(lambda n: fits(candidates(n)), 0, steps)
+        if found is None:
+            self._refuse(limits, candidates(steps))
+        cut = candidates(found or 0)
+        return self._give_back(cut, fits) if self.selection.round_to == 1 else cut
+
+    def _give_back(self, cut: Mask, fits: Callable[[Mask], bool], tries: int = 200) -> Mask:
+        """Bring back the best of the cut channels, as long as the limits hold."""
+        for channel in self.order[::-1][cut[self.order[::-1]]][:tries]:
+            cut[channel] = False
+            cut[channel] = not fits(cut)
+        return cut
+
+    def _refuse(self, limits: Mapping[str, float], smallest: Mask) -> None:
+        dense, least = costs(self.coupling), costs(self.coupling, smallest)
+        worst = max(limits, key=lambda unit: least[unit] / limits[unit])
+        share = f"{least[worst]:,.0f} ({least[worst] / dense[worst]:.3f} of it)"
+        raise BudgetError(
+            f"a budget of {limits[worst]:,.0f} {worst} cannot be met: this network has {dense[worst]:,.0f}, and the "
+            f"lowest reachable by cutting channels is {share}, with floor={self.selection.floor} and "
+            f"{len(self.groups)} layers that can be cut; ask for more, or lower `floor`"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lightning_compress.budget import Budget, bisect
 from lightning_compress.schedule import SCHEDULES
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lightning_compress.calls import as_calls
 from lightning_compress.coupling import Coupling, Mask, prove, settle, trace_coupling
 from lightning_compress.edits import Keep, apply_edits
 from lightning_compress.footprint import measure
-from torch import Tensor, nn
-
 from tests.contract.nets import NETS
 from tests.networks import AWKWARD, randomize
 

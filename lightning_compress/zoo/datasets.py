@@ -214,7 +214,14 @@ class ImageFolder(ImageDataModule):
 
 
 def _download(data: ImageDataModule, name: str, instead: str) -> None:
-    datasets = require_extra("torchvision.datasets")
+    try:
+        datasets = require_extra("torchvision.datasets")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{data.title} is not in {data.root.absolute()}, and without torchvision it cannot be downloaded: {error}; "
+            f"or {instead}",
+            name=error.name,
+        ) from error
     try:
         getattr(datasets, name)(data.root, download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision tried every mirror, or a checksum is wrong

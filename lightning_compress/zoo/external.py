@@ -99,7 +99,7 @@ def require_extra(module: str) -> ModuleType:
         if error.name != package:  # installed, but something that it needs is not
             raise
         raise ModuleNotFoundError(
-            f'{package} is not installed; get it with: pip install "lightning_compress[vision]"', name=package
+            f'{package} is not installed; get it with: pip install "lightning-compress[vision]"', name=package
         ) from error
 
 

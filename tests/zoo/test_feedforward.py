@@ -1,0 +1,173 @@
+"""The networks: sizes of the papers, shapes, gradients, and that configuration and code agree."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_compress.zoo import (
+    LeNet5,
+    LeNet300100,
+    MobileNetV2Small,
+    ResNet,
+    VGGSmall,
+    external,
+    resnet20,
+    resnet56,
+    timm_model,
+    torchvision_model,
+)
+
+CONF = Path(__file__).parents[2] / "conf"
+NETWORKS: list[Callable[..., nn.Module]] = [LeNet300100, LeNet5, VGGSmall, resnet20, resnet56, MobileNetV2Small]
+
+
+def build(network: Callable[..., nn.Module], size: int, **arguments: Any) -> nn.Module:
+    if "image_size" in inspect.signature(network).parameters:
+        arguments["image_size"] = size
+    return network(**arguments)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        (LeNet300100(), 266_610),  # 267 K and 431 K in Deep Compression
+        (LeNet5(), 431_080),
+        (resnet20(shortcut="A"), 269_722),  # 0.27 M and 0.85 M in He et al. 2015
+        (resnet56(shortcut="A"), 853_018),
+        (resnet20(shortcut="B"), 269_722 + 16 * 32 + 32 * 64 + 2 * (32 + 64)),
+        (VGGSmall(), 288_746),
+        (MobileNetV2Small(), 204_554),
+    ],
+)
+def test_parameter_counts(network: nn.Module, count: int) -> None:
+    assert parameters(network) == count
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shapes_and_gradients_at_small_image_sizes(network: Callable[..., nn.Module], size: int) -> None:
+    net = build(network, size, in_channels=2, num_classes=7)
+    logits = net(torch.randn(4, 2, size, size))
+    assert logits.shape == (4, 7)
+    logits.logsumexp(1).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_width_scales_the_channels(network: Callable[..., nn.Module]) -> None:
+    full, half = (build(network, 8, in_channels=1, width=width) for width in (1.0, 0.5))
+    assert 0.2 < parameters(half) / parameters(full) < 0.55
+    assert half(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="`width` must be above 0, got 0"):
+        build(network, 8, width=0)
+
+
+def test_padded_shortcut_passes_on_every_other_pixel_and_zeros() -> None:
+    shortcut = resnet20(shortcut="A").layer2[0].shortcut
+    x = torch.randn(1, 16, 8, 8)
+    out = shortcut(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out.shape == (1, 32, 4, 4)
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
+
+
+def test_misuse_is_named() -> None:
+    with pytest.raises(ValueError, match=r"6n \+ 2 .* got 21"):
+        ResNet(21, 3, 10, width=1.0, shortcut="B")
+    with pytest.raises(ValueError, match=r"`shortcut` must be .* got 'C'"):
+        resnet20(shortcut="C")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 4, got 3"):
+        LeNet5(image_size=3)
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "arch").glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_arch_builds_and_states_the_defaults_of_its_code(file: Path) -> None:
+    config = OmegaConf.load(file)
+    container = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(container, dict)
+    defaults = inspect.signature(get_object(container["_target_"])).parameters
+    for key, value in container.items():
+        if key in {"_target_", "name"} or "${" in str(value):
+            continue
+        assert value == defaults[key].default, key
+
+    data = {"in_channels": 3, "num_classes": 5, "image_size": 32}
+    network = instantiate(OmegaConf.create({"data": data, "arch": config})).arch
+    assert network.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_the_networks_need_torch_alone() -> None:
+    code = "import sys, lightning_compress.zoo as zoo; zoo.resnet20(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"lightning", "torchvision", "timm", "sklearn", "hydra"}.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize(("build", "library"), [(timm_model, "timm"), (torchvision_model, "torchvision")])
+class TestNetworksByName:
+    def test_unknown_name_gets_suggestions(self, build: Callable[..., nn.Module], library: str) -> None:
+        with pytest.raises(ValueError, match=f"{library} has no .* 'resnet81'; did you mean .*resnet18"):
+            build("resnet81")
+        with pytest.raises(ValueError, match="list_models"):
+            build("?")
+
+    def test_without_the_library_the_extra_is_named(
+        self, build: Callable[..., nn.Module], library: str, uninstall: Callable[[str], None]
+    ) -> None:
+        uninstall(library)
+        with pytest.raises(ModuleNotFoundError, match=rf'{library} is not installed.*"lightning-compress\[vision\]"'):
+            build("resnet18")
+
+    def test_without_a_network_pretrained_weights_are_refused(
+        self, build: Callable[..., nn.Module], library: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def offline(*args: object, **kwargs: object) -> None:
+            raise OSError("no route to host")
+
+        if library == "timm":
+            monkeypatch.setattr("timm.create_model", offline)
+        else:
+            monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+        with pytest.raises(ConnectionError, match=f"{library}'s 'resnet18' .*no route to host.*pretrained=false"):
+            build("resnet18", pretrained=True)
+
+
+def test_a_library_that_is_broken_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+
+    monkeypatch.setattr(external.importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match="yaml"):
+        external.require_extra("timm")
+
+
+def test_torchvision_pretrained_weights_load_but_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = torchvision_model("squeezenet1_1", num_classes=1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: dict(stored))
+    network = torchvision_model("squeezenet1_1", pretrained=True, num_classes=4)
+    loaded = {key for key, value in network.state_dict().items() if torch.equal(value, stored[key])}
+    assert set(stored) - loaded == {"classifier.1.weight", "classifier.1.bias"}
+
+    del stored["features.0.weight"]
+    with pytest.raises(ValueError, match=r"do not fit the network at \['features.0.weight'\]"):
+        torchvision_model("squeezenet1_1", pretrained=True, num_classes=4)
+
+
+def test_torchvision_networks_take_three_channels() -> None:
+    with pytest.raises(ValueError, match=r"`in_channels` = 1.*data.in_channels=3"):
+        torchvision_model("resnet18", in_channels=1)

@@ -136,6 +136,9 @@ def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
             both = pl_module.all_gather(own)
             assert trainer.world_size == 2
             assert torch.equal(both[0], both[1])
+            metrics = pl_module.all_gather(dict(trainer.callback_metrics))
+            assert set(metrics) == {"train/loss", "val/loss", "val/acc"}
+            assert all(one == other for one, other in metrics.values())
 
     L.seed_everything(0, verbose=False)
     task = perceptron()

@@ -1,4 +1,4 @@
-"""The physically pruned network equals the masked one, on the zoo and on architectures of timm, by the outside oracle."""
+"""The pruned network equals the masked one, on the zoo and on architectures of timm, by the outside oracle."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import copy
 
 import pytest
 import torch
-from lightning_compress.methods.pruning import prune_channels
-from lightning_compress.zoo import feedforward
 from torch import Tensor, nn
 
 from benchmarks.architectures import ARCHITECTURES, by_kind
 from benchmarks.oracle import judge
+from lightning_compress.methods.pruning import prune_channels
+from lightning_compress.zoo import feedforward
 from tests.networks import randomize
 
 ZOO = ("LeNet5", "LeNet300100", "VGGSmall", "resnet20", "resnet56", "MobileNetV2Small")
 SAMPLE = ("resnet18", "mobilenetv3_small_100", "ghostnet_100", "shufflenet_v2_x1_0")
-SLOW = tuple(
-    """
-    densenet121 efficientnet_b0 regnetx_002 regnety_002 dla34 res2net50_14w_8s skresnet18 resnest14d hrnet_w18_small
-    seresnet18 mixnet_s rexnet_100 repvgg_a0 hardcorenas_a tinynet_a dpn48b
-    """.split()
+SLOW = (
+    *("densenet121", "efficientnet_b0", "regnetx_002", "regnety_002", "dla34", "res2net50_14w_8s", "skresnet18"),
+    *("resnest14d", "hrnet_w18_small", "seresnet18", "mixnet_s", "rexnet_100", "repvgg_a0", "hardcorenas_a"),
+    *("tinynet_a", "dpn48b"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ def make_task(config: DictConfig, net: nn.Module) -> L.LightningModule:
 
 def make_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """The Trainer of `config.trainer`, with arguments that outweigh it."""
-    trainer: L.Trainer = instantiate(config.trainer, _convert_="all", **changes)
+    greeting = logging.getLogger("lightning.pytorch")
+    level = greeting.level
+    greeting.setLevel(logging.WARNING)  # a job makes several Trainers, and each names the hardware it sees
+    try:
+        trainer: L.Trainer = instantiate(config.trainer, _convert_="all", **changes)
+    finally:
+        greeting.setLevel(level)
     return trainer
 
 

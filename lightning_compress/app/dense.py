@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,12 @@ from typing import cast
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lightning_compress import __version__
 from lightning_compress.app.build import make_net, make_task, make_trainer, newest_checkpoint
-from lightning_compress.app.jobs import config_digest
+from lightning_compress.app.jobs import alone, config_digest
 from lightning_compress.files import open_atomic
 
 __all__ = ["dense_task", "load_weights"]
@@ -48,22 +47,11 @@ def dense_task(config: DictConfig, data: L.LightningDataModule) -> L.LightningMo
         load_weights(task, Path(config.dense.ckpt))
         return task
     path = _cached(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # the first process holds the lock, and waits for this one to train beside it
-        if not path.is_file():
+    with alone(path.with_suffix(".lock"), f"training the dense network {path}"):
+        if path.is_file():
+            log.info("dense network: %s", path)
+        else:
             _train(config, data, path)
-    else:
-        lock = FileLock(path.with_suffix(".lock"))
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another job is training the dense network; waiting for %s", path)
-            held = lock.acquire()
-        with held:
-            if path.is_file():
-                log.info("dense network: %s", path)
-            else:
-                _train(config, data, path)
     load_weights(task, path)
     return task
 
@@ -81,7 +69,10 @@ def load_weights(task: L.LightningModule, path: Path) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f"dense.ckpt: there is no file {path}")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:  # whatever damage leads to
+        raise ValueError(f"dense.ckpt: {path} holds something else than tensors, or is damaged: {error}") from error
     state: Mapping[str, Tensor] = loaded.get("state_dict", loaded)
     shapes = _shapes(state)
     for module in (task, *task.children()):
@@ -123,6 +114,6 @@ def _train(config: DictConfig, data: L.LightningDataModule, path: Path) -> None:
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         with open_atomic(path) as file:
-            torch.save({"state_dict": task.state_dict(), "metrics": metrics, "torch": torch.__version__}, file)
+            torch.save({"state_dict": task.state_dict(), "metrics": metrics, "torch": str(torch.__version__)}, file)
         shutil.rmtree(partial)
     trainer.strategy.barrier()

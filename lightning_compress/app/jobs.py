@@ -8,23 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomic
 
-__all__ = ["Job", "Metrics", "config_digest", "folder_name", "read_results", "write_json"]
+__all__ = ["Job", "Metrics", "alone", "config_digest", "folder_name", "read_results", "write_json"]
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]  # dense or final -> name -> value
 
-# What changes where things are written or shown, never what comes out.
-_INDIFFERENT = ("output_dir", "cache_dir", "logger", "trainer.enable_progress_bar", "trainer.log_every_n_steps")
+# What changes where things are written, shown or picked, never what comes out.
+_INDIFFERENT = (
+    "output_dir",
+    "cache_dir",
+    "logger",
+    "objective",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+)
 RESULTS = "results.json"
 _LONGEST = 120  # file systems stop at 255 bytes; checkpoints and W&B names want room
 
@@ -42,6 +55,8 @@ def folder_name(overrides: str) -> str:
         >>> folder_name("")
         'default'
     """
+    # sweepers write flags in Python's way, people in YAML's: one job, one folder
+    overrides = re.sub(r"=(True|False)(?=,|$)", lambda flag: flag[0].lower(), overrides)
     name = re.sub(r"[^\w.,=+@-]", "_", overrides)[:_LONGEST]
     if name != overrides:
         name = f"{name}-{_digest(overrides)[:8]}"
@@ -135,6 +150,30 @@ class Job:
         added = {"metrics": metrics, "config": plain, "config_digest": self.digest}
         write_json(self.folder / RESULTS, {**read_results(self.folder), **added})
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # a finished job resumes nothing
+
+
+@contextmanager
+def alone(path: Path, doing: str) -> Iterator[None]:
+    """Let one process at a time into the block; the others wait, and say what for.
+
+    Of the processes of one distributed job only the first asks: it waits inside for the others to join it.
+
+    Args:
+        path: a file to lock; it is made.
+        doing: what the other process is doing.
+    """
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process is %s; waiting for it", doing)
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -94,19 +94,23 @@ def sweep_table(jobs: Sequence[SweepJob]) -> Table:
         jobs: in the order of the rows; what their names have in common is left out.
 
     Returns:
-        A rich table.
+        A rich table; its caption says what went wrong where something did.
     """
     table = Table(title="dense → now", title_justify="left")
     table.add_column("job", overflow="fold")
     for column in ("test/acc", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 32"):
         table.add_column(column, justify="right", no_wrap=True)
     common = set.intersection(*(set(job.name.split(",")) for job in jobs)) if len(jobs) > 1 else set()
+    failures = []
     for job in jobs:
         name = ", ".join(part for part in job.name.split(",") if part not in common) or job.name or "default"
         if job.error is None:
             table.add_row(name, *_cells(read_results(job.folder)))
         else:
-            table.add_row(f"{name}\n[red]failed: {escape(job.error)}")
+            table.add_row(name, "[red]failed[/]")
+            failures.append(f"{name}: {job.error}")
+    if failures:
+        table.caption, table.caption_justify = escape("\n".join(failures)), "left"
     return table
 
 

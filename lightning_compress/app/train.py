@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 
 import hydra
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
 from lightning_compress.app.dense import dense_task
-from lightning_compress.app.jobs import Job, Metrics, config_digest, folder_name
+from lightning_compress.app.jobs import Job, Metrics, alone, config_digest, folder_name
 from lightning_compress.app.logger import finish_loggers
 from lightning_compress.app.sweep import SweepTable
 from lightning_compress.artifact import load_compressed
@@ -26,9 +27,6 @@ __all__ = ["main", "run"]
 log = logging.getLogger(__name__)
 
 OmegaConf.register_new_resolver("lightning_compress.folder", folder_name, replace=True)
-
-
-_HINT = "(HYDRA_FULL_ERROR=1 shows the whole traceback)"
 
 
 class JobError(CompactHydraException):
@@ -45,13 +43,15 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> float:
+    # Lightning 2.6 says this of itself, once in every process
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
     try:
         return run(config, Path(HydraConfig.get().runtime.output_dir))
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
-        raise JobError(f"{where}: {error.__cause__ or error}\n{_HINT}") from error
+        raise JobError(f"{where}: {error.__cause__ or error}") from error
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
-        raise JobError(f"{error}\n{_HINT}") from error
+        raise JobError(str(error)) from error
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -65,10 +65,18 @@ def run(config: DictConfig, folder: Path) -> float:
         The figure of the compressed network that `config.objective` names.
     """
     job = Job(folder, config_digest(config))
-    metrics = job.finished()
-    if metrics is not None:
-        log.info("finished before, nothing to do: %s", job.folder)
-        return _objective(metrics, config.objective)
+    with alone(folder / ".lock", f"at work in {folder}"):
+        metrics = job.finished()
+        if metrics is None:
+            metrics = _work(config, job)
+        else:
+            log.info("finished before, nothing to do: %s", job.folder)
+    if config.objective not in metrics["final"]:
+        raise ValueError(f"`objective` must be one of {', '.join(metrics['final'])}, got {config.objective!r}")
+    return metrics["final"][config.objective]
+
+
+def _work(config: DictConfig, job: Job) -> Metrics:
     resume = job.begin()
     if resume is not None:
         log.info("going on from %s", resume)
@@ -89,15 +97,16 @@ def run(config: DictConfig, folder: Path) -> float:
 
     final = task if not job.artifact.is_file() else make_task(config, load_compressed(job.artifact, make_net(config)))
     metrics = {"dense": _evaluate(config, dense, data), "final": _evaluate(config, final, data)}
-    for logger in trainer.loggers:
-        logger.log_metrics({f"{side}/{name}": value for side in metrics for name, value in metrics[side].items()})
+    figures = {f"{side}/{name}": value for side, values in metrics.items() for name, value in values.items()}
+    for each in trainer.loggers:
+        each.log_metrics(figures)
     finish_loggers(trainer.loggers)
     if trainer.is_global_zero:
         job.finish(config, metrics)
         for name in metrics["final"]:
             log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
         log.info("results: %s", job.folder)
-    return _objective(metrics, config.objective)
+    return metrics
 
 
 def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
@@ -108,7 +117,5 @@ def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningData
     return {**validated, **tested}
 
 
-def _objective(metrics: Metrics, name: str) -> float:
-    if name not in metrics["final"]:
-        raise ValueError(f"`objective` must be one of {', '.join(metrics['final'])}, got {name!r}")
-    return metrics["final"][name]
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -117,7 +116,7 @@ class Keep:
                 )
             for dim, indices in dims.items():
                 size = self.sizes[name][dim] if dim < len(self.sizes[name]) else 0
-                ordered = all(a < b for a, b in pairwise(indices))
+                ordered = list(indices) == sorted(set(indices))
                 if not indices or not ordered or indices[0] < 0 or indices[-1] >= size:
                     raise EditError(
                         f"edit of {name!r}, dim {dim}: the kept indices must be ascending, at least one, below {size}"

@@ -94,10 +94,11 @@ class ChannelPruning(CompressionCallback):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Plan the whole budget once, on a copy, and throw the plan away."""
         captured = capture(trainer, pl_module, self.network)
-        dense = costs(trace_coupling(captured.network, captured.calls))
+        coupling = trace_coupling(captured.network, captured.calls)
+        dense = costs(coupling)
         # Whether a budget can be met does not depend on the order of the channels, and gradients there are none yet.
         selection = self.selection if self.selection.criterion != "taylor" else replace(self.selection, criterion="l2")
-        self._plan(captured, selection, self.budget.limits(dense))
+        self._plan(captured, coupling, selection, self.budget.limits(dense))
         return dense
 
     def edit(
@@ -105,7 +106,8 @@ class ChannelPruning(CompressionCallback):
     ) -> tuple[Captured, Sequence[Edit], Mapping[str, str]]:
         """Plan one step of the way, and solve for the weights that will remain."""
         captured = capture(trainer, pl_module, self.network, self.samples)
-        plan = self._plan(captured, self.selection, self.budget.relaxed(amount, self.dense))
+        coupling = trace_coupling(captured.network, captured.calls)
+        plan = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense))
         self._saliency, self._gathered = {}, None
         if plan.settled is None:
             return captured, (), plan.coupling.reasons
@@ -143,9 +145,9 @@ class ChannelPruning(CompressionCallback):
         super().load_state_dict(state_dict)
         self._saliency = {(name, dim): value for name, dim, value in state_dict["saliency"]}
 
-    def _plan(self, captured: Captured, selection: Selection, limits: Mapping[str, float]) -> ChannelPlan:
+    def _plan(
+        self, captured: Captured, coupling: Coupling, selection: Selection, limits: Mapping[str, float]
+    ) -> ChannelPlan:
         keep = dict.fromkeys(captured.outside, "is used outside of the network's calls")
         seed = int(self.done * 1000)  # another draw at each edit, the same on every rank and after a resume
-        return plan_channels(
-            captured.network, captured.calls, selection, limits=limits, saliency=self._saliency, keep=keep, seed=seed
-        )
+        return plan_channels(coupling, selection, limits=limits, saliency=self._saliency, keep=keep, seed=seed)

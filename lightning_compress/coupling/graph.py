@@ -93,16 +93,21 @@ class Coupling:
             signature[np.unique(members)] += rng.integers(1, 2**62, dtype=np.uint64)  # sums of random numbers: sets
             first[members] = index
             order[members] = np.arange(len(members))
-        groups: list[Group] = []
+        layers: list[Vector] = []
         alive = np.flatnonzero(~self.frozen & (first < len(keys)))
         for _, members in sorted(_group_by(signature[alive], alive), key=lambda item: first[item[1]].min()):
             members = members[np.argsort(order[members], kind="stable")]
             if len(members) < 2:  # the last channel of a layer always stays
                 continue
-            sample = members[0]
-            where = tuple(key for key in keys if (self.locations[key] == sample).any())
-            groups.append(Group(where[0][0].rpartition(".")[0], members, where))
-        return groups
+            layers.append(members)
+        places: dict[int, list[Location]] = {int(members[0]): [] for members in layers}
+        sampled = np.zeros(self.count, dtype=bool)
+        sampled[list(places)] = True
+        for key in keys:  # one channel of a layer lives where all of them do
+            for sample in np.unique(self.locations[key][sampled[self.locations[key]]]):
+                places[int(sample)].append(key)
+        found = [(members, tuple(places[int(members[0])])) for members in layers]
+        return [Group(where[0][0].rpartition(".")[0], members, where) for members, where in found]
 
     def freeze(self, classes: Sequence[Vector], reason: str) -> None:
         """Never cut these classes; `reason` completes 'not cut: ...'."""

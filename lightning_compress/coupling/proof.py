@@ -252,11 +252,12 @@ def _masked(coupling: Coupling, keep: Keep) -> dict[str, Tensor]:
         if name in parameters and parameters[name].is_floating_point():
             parameter = parameters[name]
             if id(parameter) not in zeroed:
-                zeroed[id(parameter)] = value = parameter.detach().clone()
+                mask = torch.ones([1] * parameter.dim(), dtype=parameter.dtype)
                 for dim, living in dims.items():
-                    gone = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
-                    gone[list(living)] = False
-                    value.index_fill_(dim, gone.nonzero().view(-1), 0)
+                    alive = torch.zeros(parameter.shape[dim], dtype=parameter.dtype)
+                    alive[list(living)] = 1
+                    mask = mask * alive.view([-1 if d == dim else 1 for d in range(parameter.dim())])
+                zeroed[id(parameter)] = parameter.detach() * mask.to(parameter.device)
             masked[name] = zeroed[id(parameter)]
     return masked
 

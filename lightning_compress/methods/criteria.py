@@ -7,6 +7,7 @@ averages over the places where a channel lives and divides by the layer's mean, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from lightning_compress.coupling import Coupling, Location
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "Place",
     "Scores",
     "add_sparsity_gradient",
     "check_criterion",
@@ -27,52 +29,77 @@ __all__ = [
 
 Scores = npt.NDArray[np.float64]
 Saliency = Mapping[Location, Tensor]
-Criterion = Callable[[nn.Module, str, int, Saliency], Tensor | None]
-"""(model, tensor name, dim, gathered saliency) -> a score for each index of the dim; None: has nothing to say there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dim that channels live in, as a criterion sees it.
+
+    Attributes:
+        module: the module that owns the weight.
+        leaf: what the module calls it.
+        weight: the parameter, detached.
+        dim: the dim of it.
+        saliency: what was gathered for this dim, one term for each index, if anything was.
+    """
+
+    module: nn.Module
+    leaf: str
+    weight: Tensor
+    dim: int
+    saliency: Tensor | None = None
+
+
+Criterion = Callable[[Place], Tensor | None]
+"""A score for each index of the dim; None where the criterion has nothing to say."""
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def _rows(model: nn.Module, name: str, dim: int) -> Tensor | None:
-    """A weight as a matrix with one row for each index of `dim`; None for vectors, which only scale and shift."""
-    weight = model.get_parameter(name).detach()
-    return weight.transpose(0, dim).flatten(1).float() if weight.dim() > 1 else None
-
-
-def l1(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def l1(place: Place) -> Tensor | None:
     """Mean absolute weight (Li et al. 2017, arXiv 1608.08710)."""
-    rows = _rows(model, name, dim)
-    return None if rows is None else rows.abs().mean(1)
+    return _norm(place, 1)
 
 
-def l2(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def l2(place: Place) -> Tensor | None:
     """Root mean square of the weights (He et al. 2018, arXiv 1808.06866)."""
-    rows = _rows(model, name, dim)
-    return None if rows is None else rows.square().mean(1).sqrt()
+    return _norm(place, 2)
 
 
-def fpgm(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def _norm(place: Place, order: int) -> Tensor | None:
+    """The mean-normalised p-norm of each slice; None for vectors, which only scale and shift."""
+    weight = place.weight
+    if weight.dim() < 2:
+        return None
+    others = [d for d in range(weight.dim()) if d != place.dim]
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(weight, order, others, dtype=precise)
+    norm /= (weight.numel() / weight.shape[place.dim]) ** (1 / order)
+    return norm
+
+
+def fpgm(place: Place) -> Tensor | None:
     """Mean distance to the layer's other filters: the middle is redundant (He et al. 2019, arXiv 1811.00250)."""
-    rows = _rows(model, name, dim)
-    return None if rows is None or dim != 0 else torch.cdist(rows, rows).mean(1)
+    if place.weight.dim() < 2 or place.dim != 0:
+        return None
+    rows = place.weight.flatten(1).float()
+    return torch.cdist(rows, rows).mean(1)
 
 
-def bn_scale(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def bn_scale(place: Place) -> Tensor | None:
     """Absolute scale of the norm that follows, as network slimming has it (Liu et al. 2017, arXiv 1708.06519)."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return model.get_parameter(name).detach().abs().float() if isinstance(module, _NORMS) and leaf == "weight" else None
+    return place.weight.abs().float() if isinstance(place.module, _NORMS) and place.leaf == "weight" else None
 
 
-def taylor(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def taylor(place: Place) -> Tensor | None:
     """First-order change of the loss when a slice goes, squared (Molchanov et al. 2019, arXiv 1906.10771)."""
-    return saliency.get((name, dim))
+    return place.saliency
 
 
-def random(model: nn.Module, name: str, dim: int, saliency: Saliency) -> Tensor | None:
+def random(place: Place) -> Tensor | None:
     """Noise from torch's generator: the baseline that any criterion must beat."""
-    return torch.rand(model.get_parameter(name).shape[dim])
+    return torch.rand(place.weight.shape[place.dim])
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -151,6 +178,7 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     """
     check_criterion(criterion)
     parameters = dict(coupling.model.named_parameters(remove_duplicate=False))
+    owners = dict(coupling.model.named_modules(remove_duplicate=False))
     total = np.zeros(coupling.count)
     places = np.zeros(coupling.count)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -158,7 +186,9 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
         for (name, dim), classes in coupling.locations.items():
             if name not in parameters or coupling.frozen[classes].all():
                 continue
-            values = CRITERIA[criterion](coupling.model, name, dim, saliency or {})
+            path, _, leaf = name.rpartition(".")
+            found = (saliency or {}).get((name, dim))
+            values = CRITERIA[criterion](Place(owners[path], leaf, parameters[name].detach(), dim, found))
             if values is None:
                 continue
             vector = values.double().cpu().numpy()

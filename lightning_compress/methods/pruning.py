@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, skeleton
 from lightning_compress.methods.choosing import Chooser, Selection, costs
@@ -52,8 +52,7 @@ class Pruning:
 
 
 def plan_channels(
-    model: nn.Module,
-    inputs: Tensor | Call | Sequence[Any],
+    coupling: Coupling,
     selection: Selection,
     *,
     limits: Mapping[str, float] | None = None,
@@ -65,8 +64,7 @@ def plan_channels(
     """Plan and prove, without touching the network.
 
     Args:
-        model: the network.
-        inputs: what it is called with.
+        coupling: the traced network; what the proof finds uncuttable is frozen in it.
         selection: how channels are chosen.
         limits: unit -> absolute cost allowed (see `costs`). Either this or `ratio`.
         ratio: fraction of the channels to cut.
@@ -82,7 +80,7 @@ def plan_channels(
         raise ValueError("give either a budget or a ratio")
     if ratio is not None and not 0 < ratio < 1:
         raise ValueError(f"`ratio` must be in (0, 1), got {ratio!r}")
-    coupling = trace_coupling(model, inputs)
+    model = coupling.model
     _exclude(coupling, selection.exclude)
     for tensor, reason in (keep or {}).items():
         coupling.freeze([classes for (name, _), classes in coupling.locations.items() if name == tensor], reason)
@@ -158,15 +156,13 @@ def prune_channels(
 
     least = (0.1 if ratio is None else 0.0) if floor is None else floor
     selection = Selection(criterion, ranking, round_to, tuple(exclude), least)
-    limits = None
-    if budget is not None:
-        dense = costs(trace_coupling(model, inputs))
-        unknown = set(budget.given()) - set(dense)
-        if unknown:
-            raise ValueError(f"prune_channels takes a budget of {', '.join(dense)}; got {', '.join(unknown)}")
-        limits = budget.limits(dense)
-    plan = plan_channels(model, as_calls(inputs), selection, limits=limits, ratio=ratio)
-    before = costs(plan.coupling)
+    coupling = trace_coupling(model, inputs)
+    before = costs(coupling)
+    unknown = set(budget.given()) - set(before) if budget is not None else set()
+    if unknown:
+        raise ValueError(f"prune_channels takes a budget of {', '.join(before)}; got {', '.join(unknown)}")
+    limits = None if budget is None else budget.limits(before)
+    plan = plan_channels(coupling, selection, limits=limits, ratio=ratio)
     if plan.settled is None:
         return Pruning((), "nothing cut", plan.coupling.reasons, {unit: (c, c) for unit, c in before.items()})
     after = costs(plan.coupling, plan.settled.cut)

@@ -36,7 +36,10 @@ def wandb_logger(
     import wandb
 
     if offline is None:
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
+        mode = os.environ.get("WANDB_MODE")
+        offline = mode in ("offline", "dryrun") or (not mode and not wandb.login(prompt=False, verify=False))
+    if offline:
+        settings["mode"] = "offline"  # WandbLogger only sets WANDB_MODE, which W&B has read by now
     return WandbLogger(save_dir=save_dir, project=project, name=name, group=group, offline=offline, **settings)
 
 

@@ -75,7 +75,7 @@ class Architecture:
 
 QUICK = """
     resnet18 seresnet18 densenet121 mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 regnetx_002 ghostnet_100
-    convnext_atto repvgg_a0 dla34 nf_resnet26 resnest14d ese_vovnet19b_slim shufflenet_v2_x1_0
+    convnext_atto repvgg_a0 dla34 nf_resnet26 skresnet18 ese_vovnet19b_slim shufflenet_v2_x1_0
 """
 
 # `name@size` where 64 pixels are too few for the architecture, or for what of it runs in training only.

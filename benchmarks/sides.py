@@ -15,9 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.oracle import Kept, named_tensors
 from lightning_compress.methods.pruning import prune_channels
 
-__all__ = ["SIDES", "Result", "macs_and_params", "ours", "torch_pruning_side"]
+__all__ = ["SIDES", "Clock", "Result", "macs_and_params", "ours", "torch_pruning_side"]
 
 Inputs = tuple[Tensor, ...]
+
+
+class Clock:
+    """Adds up wall and processor time over the blocks it is entered for."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def __enter__(self) -> None:
+        self._start = (time.perf_counter(), time.process_time())
+
+    def __exit__(self, *_: object) -> None:
+        self.wall += time.perf_counter() - self._start[0]
+        self.cpu += time.process_time() - self._start[1]
 
 
 @dataclass(frozen=True)
@@ -27,21 +41,21 @@ class Result:
     Attributes:
         model: the network; for both sides the one that was given.
         kept: tensor name -> dim -> surviving indices, of what was cut.
-        seconds: wall time from the dense network to the pruned one, own checks included.
+        clock: time from the dense network to the pruned one, own checks included.
         frozen: what the tool itself says it left whole, with its reason.
     """
 
     model: nn.Module
     kept: Kept
-    seconds: float
+    clock: Clock
     frozen: dict[str, str]
 
 
 def ours(model: nn.Module, inputs: Inputs, ratio: float, heads: Sequence[nn.Module]) -> Result:
     """`lightning_compress.methods.pruning.prune_channels`; it needs no telling which layers are heads."""
-    start = time.perf_counter()
-    pruning = prune_channels(model, inputs, ratio=ratio, ranking="layer")
-    seconds = time.perf_counter() - start
+    clock = Clock()
+    with clock:
+        pruning = prune_channels(model, inputs, ratio=ratio, ranking="layer")
     kept: dict[str, dict[int, Tensor]] = {}
     for edit in pruning.edits:
         for name, dims in edit.slices.items():
@@ -50,7 +64,7 @@ def ours(model: nn.Module, inputs: Inputs, ratio: float, heads: Sequence[nn.Modu
                 before = kept.setdefault(name, {}).get(dim)
                 index = torch.tensor(indices)
                 kept[name][dim] = index if before is None else before[index]
-    return Result(model, kept, seconds, dict(pruning.frozen))
+    return Result(model, kept, clock, dict(pruning.frozen))
 
 
 def torch_pruning_side(model: nn.Module, inputs: Inputs, ratio: float, heads: Sequence[nn.Module]) -> Result:
@@ -62,32 +76,31 @@ def torch_pruning_side(model: nn.Module, inputs: Inputs, ratio: float, heads: Se
     """
     import torch_pruning  # an extra of its own; what needs our side only does without
 
-    start = time.perf_counter()
-    pruner = torch_pruning.pruner.MagnitudePruner(
-        model,
-        inputs,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=ratio,
-        ignored_layers=list(heads),
-        # The defaults are dicts shared by all pruners of a process: layers of earlier networks would stay in them.
-        in_channel_groups={},
-        out_channel_groups={},
-        num_heads={},
-    )
-    groups = pruner.step(interactive=True)
-    group = next(groups, None)
-    seconds = time.perf_counter() - start
+    clock = Clock()
+    with clock:
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            model,
+            inputs,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio,
+            ignored_layers=list(heads),
+            # The defaults are dicts shared by all pruners of a process: layers of earlier networks would stay in them.
+            in_channel_groups={},
+            out_channel_groups={},
+            num_heads={},
+        )
+        groups = pruner.step(interactive=True)
+        group = next(groups, None)
 
     values = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
     for tensor in named_tensors(model).values():
         if tensor.dtype == torch.float32:
             tensor.data = torch.arange(tensor.numel(), dtype=torch.int32).view(torch.float32).view(tensor.shape)
 
-    start = time.perf_counter()
-    while group is not None:
-        group.prune()
-        group = next(groups, None)
-    seconds += time.perf_counter() - start
+    with clock:
+        while group is not None:
+            group.prune()
+            group = next(groups, None)
 
     kept = {}
     for name, tensor in named_tensors(model).items():
@@ -95,7 +108,7 @@ def torch_pruning_side(model: nn.Module, inputs: Inputs, ratio: float, heads: Se
             positions = tensor.detach().contiguous().view(torch.int32).long()
             tensor.data = values[name].flatten()[positions]
             kept[name] = _kept(name, positions, values[name].shape)
-    return Result(model, kept, seconds, {})
+    return Result(model, kept, clock, {})
 
 
 SIDES: dict[str, Callable[[nn.Module, Inputs, float, Sequence[nn.Module]], Result]] = {

@@ -71,7 +71,9 @@ class Row:
         params: what is left of the parameters.
         whole: layers but the heads that kept all their output channels, of `layers`.
         seconds: from the dense network to the pruned one.
-        cpu_seconds: the same in processor time.
+        cpu_seconds: the same in processor time, which other work on the machine disturbs less.
+        plan_seconds: `seconds` without the tool's own proof of its result; only our side has one.
+        plan_cpu_seconds: the same in processor time.
         error: of the proof, relative.
         effect: how far the outputs moved by the cut, relative; an effect near the error would prove nothing.
     """
@@ -84,6 +86,8 @@ class Row:
     layers: int = 0
     seconds: float = math.nan
     cpu_seconds: float = math.nan
+    plan_seconds: float = math.nan
+    plan_cpu_seconds: float = math.nan
     error: float = math.nan
     effect: float = math.nan
 
@@ -146,8 +150,9 @@ def run(side: str, case: Case, ratio: float, limit: float) -> Row:
         except Exception as error:  # noqa: BLE001  right at one resolution, broken at another
             return Row("raised", f"at the native size: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
         shares = (after[0] / before[0] if before[0] else 1.0, after[1] / before[1])
-    times, proof = (result.clock.wall, result.clock.cpu), (verdict.error, verdict.effect)
-    return Row(verdict.kind, verdict.reason, *shares, whole, layers, *times, *proof)
+    all_, own = result.clock, result.proof
+    times = (all_.wall, all_.cpu, all_.wall - own.wall, all_.cpu - own.cpu)
+    return Row(verdict.kind, verdict.reason, *shares, whole, layers, *times, verdict.error, verdict.effect)
 
 
 def left_whole(case: Case, kept: Kept) -> tuple[int, int]:
@@ -170,7 +175,7 @@ def print_table(rows: dict[str, dict[str, Row]], kinds: dict[str, str], console:
     sides = list(next(iter(rows.values())))
     table = Table("case", title="Half of the channels of every layer")
     for side in sides:
-        for column in (side, "whole", "MACs", "params", "s"):
+        for column in (side, "whole", "MACs", "params", "plan s", "s"):
             table.add_column(column, justify="left" if column == side else "right")
     last = ""
     for case, found in rows.items():
@@ -186,7 +191,7 @@ def print_table(rows: dict[str, dict[str, Row]], kinds: dict[str, str], console:
                 "raised": "red",
                 "timeout": "red",
             }.get(row.verdict, "yellow")
-            figures = (f"{row.macs:.2f}", f"{row.params:.2f}", f"{row.seconds:.2f}")
+            figures = (f"{row.macs:.2f}", f"{row.params:.2f}", f"{row.plan_seconds:.2f}", f"{row.seconds:.2f}")
             cells += [
                 f"[{style}]{row.verdict}[/]",
                 f"{row.whole}/{row.layers}",
@@ -218,7 +223,7 @@ def summarize(rows: dict[str, dict[str, Row]]) -> dict[str, dict[str, Any]]:
             else math.nan,
         }
     if set(summary) == set(SIDES):
-        for unit in ("seconds", "cpu_seconds"):
+        for unit in ("seconds", "cpu_seconds", "plan_seconds", "plan_cpu_seconds"):
             pairs = [(getattr(a, unit), getattr(b, unit)) for a, b in (found.values() for found in rows.values())]
             ratios = [a / b for a, b in pairs if not math.isnan(a + b)]
             summary["ours"][f"median ratio of {unit}"] = statistics.median(ratios) if ratios else math.nan

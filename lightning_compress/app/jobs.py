@@ -35,6 +35,7 @@ _INDIFFERENT = (
     "cache_dir",
     "logger",
     "objective",
+    "report.table",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )

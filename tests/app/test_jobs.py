@@ -14,7 +14,13 @@ from lightning_compress.app.jobs import Job, alone, config_digest, folder_name, 
 
 
 def config(**changes: object) -> DictConfig:
-    parts = {"seed": 1, "data": {"classes": 10}, "arch": {"width": "${data.classes}"}, "trainer": {"max_epochs": 2}}
+    parts = {
+        "seed": 1,
+        "report": {"table": True},
+        "data": {"classes": 10},
+        "arch": {"width": "${data.classes}"},
+        "trainer": {"max_epochs": 2},
+    }
     return OmegaConf.merge(OmegaConf.create(parts), OmegaConf.create(changes))
 
 
@@ -40,7 +46,12 @@ def test_a_digest_changes_with_what_counts(change: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"output_dir": "x"}, {"logger": {"a": "${not:there}"}}, {"trainer": {"enable_progress_bar": False}}],
+    [
+        {"output_dir": "x"},
+        {"logger": {"a": "${not:there}"}},
+        {"trainer": {"enable_progress_bar": False}},
+        {"report": {"table": False}},
+    ],
     ids=str,
 )
 def test_a_digest_does_not_change_with_places_and_looks(change: dict[str, object]) -> None:

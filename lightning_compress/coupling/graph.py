@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call, as_calls, batch_size, resize_batch
+from lightning_compress.coupling.costs import Mask, Products, volume
 from lightning_compress.coupling.labels import KERNEL, Vector
 from lightning_compress.coupling.trace import Tracer, module_stack
 from lightning_compress.edits import Attribute, Keep
@@ -22,8 +21,6 @@ __all__ = ["Coupling", "Group", "Location", "Mask", "trace_coupling"]
 
 Location = tuple[str, int]
 """A dim of a tensor: (name, dim)."""
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,12 @@ class Coupling:
         self.locations = self._incidence()
         self.groups = self._build_groups()
         batch = batch_size(self.calls)
-        self._macs = _Products(self, [(cost.constant / batch, cost.vectors) for cost in tracer.costs])
+        spent = [(cost.constant / batch, cost.vectors) for cost in tracer.costs]
+        self._macs = Products(self.classes, self.count, spent)
         sizes = list({id(t): (t, labels) for t, labels in self._tensors.values()}.values())
         weights = [(t, labels) for t, labels in sizes if isinstance(t, nn.Parameter)]
-        self._params = _Products(self, [_volume(t, labels, 1) for t, labels in weights])
-        self._bytes = _Products(self, [_volume(t, labels, t.element_size()) for t, labels in sizes])
+        self._params = Products(self.classes, self.count, [volume(t, labels, 1) for t, labels in weights])
+        self._bytes = Products(self.classes, self.count, [volume(t, labels, t.element_size()) for t, labels in sizes])
 
     def _incidence(self) -> dict[Location, Vector]:
         """Where each class lives: for every location, the class of each index; tied names share one entry."""
@@ -222,37 +220,6 @@ def _sizes_of(module: nn.Module, weight: tuple[int, ...] | None, groups: Any) ->
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight[1]}
     return {}
-
-
-class _Products:
-    """Sum of constant x product of living counts, over all ops, for any choice of what is cut."""
-
-    def __init__(self, coupling: Coupling, terms: Sequence[tuple[float, tuple[Vector, ...]]]) -> None:
-        index: dict[int, int] = {}
-        vectors: list[Vector] = []
-        width = max((len(factors) for _, factors in terms), default=0)
-        self.constants = np.array([constant for constant, _ in terms], dtype=np.float64)
-        self.factors = np.full((len(terms), width), -1)
-        for row, (_, factors) in enumerate(terms):
-            for column, vector in enumerate(factors):
-                if id(vector) not in index:
-                    index[id(vector)] = len(vectors)
-                    vectors.append(coupling.classes[vector])
-                self.factors[row, column] = index[id(vector)]
-        rows = np.repeat(np.arange(len(vectors)), [len(v) for v in vectors])
-        columns = np.concatenate([*vectors, np.empty(0, np.int64)])
-        shape = (len(vectors) + 1, coupling.count)
-        self.matrix = csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
-
-    def __call__(self, cut: Mask) -> float:
-        counts = self.matrix @ (~cut).astype(np.float64)
-        counts[-1] = 1.0  # factor -1: none
-        return float((self.constants * counts[self.factors].prod(axis=1)).sum())
-
-
-def _volume(tensor: Tensor, labels: dict[int, Vector], unit: int) -> tuple[float, tuple[Vector, ...]]:
-    plain = math.prod(size for dim, size in enumerate(tensor.shape) if dim not in labels)
-    return float(plain * unit), tuple(labels.values())
 
 
 def _group_by(keys: npt.NDArray[np.uint64], values: Vector) -> list[tuple[int, Vector]]:

@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 def dense_task(config: DictConfig, data: L.LightningDataModule) -> L.LightningModule:
     """The task with the weights of the dense network: from `dense.ckpt`, from the cache, or trained now.
 
-    The cache knows a network by `arch`, `data`, `task`, `dense`, `seed`, the trainer (but for its epochs, which are
-    those of the fine-tuning) and this package's version. PyTorch's version does not count: it would train everything
-    again for differences below those between seeds. Jobs side by side wait for the one that trains.
+    The cache knows a network by what it is trained with: `arch`, `data`, `seed`, `task` and `trainer` with what `dense`
+    changes in them, and this package's version. PyTorch's version does not count: it would train everything again
+    for differences below those between seeds. Jobs side by side wait for the one that trains.
 
     Args:
         config: a job's configuration.
@@ -46,6 +46,7 @@ def dense_task(config: DictConfig, data: L.LightningDataModule) -> L.LightningMo
     if config.dense.ckpt is not None:
         load_weights(task, Path(config.dense.ckpt))
         return task
+    config = _as_trained(config)
     path = _cached(config)
     with alone(path.with_suffix(".lock"), f"training the dense network {path}"):
         if path.is_file():
@@ -93,22 +94,25 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def _as_trained(config: DictConfig) -> DictConfig:
+    """The configuration with the task and the epochs of the dense network's own training."""
+    task = OmegaConf.to_container(config.dense.task, resolve=True)
+    changed = OmegaConf.merge(config, {"task": task, "trainer": {"max_epochs": config.dense.max_epochs}})
+    return cast(DictConfig, changed)
+
+
 def _cached(config: DictConfig) -> Path:
-    names = ["arch", "data", "task", "trainer", "dense", "seed"]
-    digest = config_digest(config, names, without=["trainer.max_epochs", "dense.ckpt"])
+    digest = config_digest(config, ["arch", "data", "task", "trainer", "seed"])
     kind = str(config.arch.get("name", config.arch.get("_target_", "network"))).rpartition(".")[2]
     return Path(config.cache_dir) / f"{kind}-{digest}-{__version__}.ckpt"
 
 
 def _train(config: DictConfig, data: L.LightningDataModule, path: Path) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
-    # merged within the whole, so that the task's references to other nodes hold
-    changes = {"task": config.dense.task, "trainer": {"max_epochs": config.dense.max_epochs}}
-    config = cast(DictConfig, OmegaConf.merge(config, changes))
     task = make_task(config, make_net(config))
     partial = path.with_suffix(".partial")
     last = partial / "last.ckpt"
-    log.info("training the dense network for %d epochs: %s", config.dense.max_epochs, path)
+    log.info("training the dense network for %d epochs: %s", config.trainer.max_epochs, path)
     trainer = make_trainer(config, callbacks=[newest_checkpoint(partial)], logger=False)
     trainer.fit(task, data, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:

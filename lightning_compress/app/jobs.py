@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomic
@@ -88,7 +87,7 @@ def config_digest(config: DictConfig, names: Collection[str] | None = None, with
         if name in skipped:  # not even resolved: a logger's folder is known inside a job only
             continue
         node = config[name]
-        decisive[name] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        decisive[name] = _plain(node) if OmegaConf.is_config(node) else node
         for dotted in skipped:
             top, _, key = dotted.partition(".")
             if top == name and isinstance(decisive[name], dict):
@@ -147,8 +146,7 @@ class Job:
 
     def finish(self, config: DictConfig, metrics: Metrics) -> None:
         """Add metrics and configuration to the report's results; from here on the job counts as finished."""
-        plain = OmegaConf.to_container(config, resolve=True)
-        added = {"metrics": metrics, "config": plain, "config_digest": self.digest}
+        added = {"metrics": metrics, "config": _plain(config), "config_digest": self.digest}
         write_json(self.folder / RESULTS, {**read_results(self.folder), **added})
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # a finished job resumes nothing
 
@@ -163,6 +161,8 @@ def alone(path: Path, doing: str) -> Iterator[None]:
         path: a file to lock; it is made.
         doing: what the other process is doing.
     """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         yield
         return
@@ -180,6 +180,10 @@ def alone(path: Path, doing: str) -> Iterator[None]:
 def read_results(folder: Path) -> dict[str, Any]:
     """What the report, and a finished job, have written in `folder`; empty if nothing yet."""
     return _read_json(folder / RESULTS)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_compress.app.jobs import read_results, write_json
-from lightning_compress.results import Results
 
 __all__ = ["SweepJob", "SweepTable", "sweep_table"]
 
@@ -115,6 +114,8 @@ def sweep_table(jobs: Sequence[SweepJob]) -> Table:
 
 
 def _cells(results: Mapping[str, Any]) -> list[str]:
+    from lightning_compress.results import Results  # brings torch, which a help text does not need
+
     metrics = results["metrics"]
     figures = Results.from_json(results).figures()
     accuracies = (metrics[side].get("test/acc") for side in ("dense", "final"))

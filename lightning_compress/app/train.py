@@ -1,28 +1,21 @@
-"""`lightning-compress`: one job trains (or loads) a dense network, compresses it while fine-tuning, and reports."""
+"""`lightning-compress`: the command line. One job, or with `-m` a sweep of them; what a job does is in `work`."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from pathlib import Path
 
 import hydra
-import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
-from hydra.utils import instantiate
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
-from lightning_compress.app.dense import dense_task
-from lightning_compress.app.jobs import Job, Metrics, alone, config_digest, folder_name
-from lightning_compress.app.logger import finish_loggers
+from lightning_compress.app.jobs import Job, Metrics, config_digest, folder_name
 from lightning_compress.app.sweep import SweepTable
-from lightning_compress.artifact import load_compressed
 
-__all__ = ["main", "run"]
+__all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
@@ -43,78 +36,35 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> float:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        metrics = Job(folder, config_digest(config)).finished()
+    except OmegaConfBaseException as error:  # a value that must be given, an interpolation that leads nowhere
+        raise JobError("the configuration cannot be resolved:") from error  # Hydra prints the cause as well
+    if metrics is None:
+        metrics = _run(config, folder)
+    else:
+        log.info("finished before, nothing to do: %s", folder)
+    if config.objective not in metrics["final"]:
+        raise JobError(f"`objective` must be one of {', '.join(metrics['final'])}, got {config.objective!r}")
+    return metrics["final"][config.objective]
+
+
+def _run(config: DictConfig, folder: Path) -> Metrics:
+    # Lightning takes seconds to load: not for a help text, a misspelt name or a job that is finished.
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lightning_compress.app.work import run
+
     # Lightning 2.6 says this of itself, once in every process
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
     try:
-        return run(config, Path(HydraConfig.get().runtime.output_dir))
+        return run(config, folder)
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
         raise JobError(f"{where}: {error.__cause__ or error}") from error
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         raise JobError(str(error)) from error
-
-
-def run(config: DictConfig, folder: Path) -> float:
-    """Run one job to its end, or as much of it as is left to do.
-
-    Args:
-        config: what `conf/train.yaml` composes to.
-        folder: where everything of the job is written.
-
-    Returns:
-        The figure of the compressed network that `config.objective` names.
-    """
-    job = Job(folder, config_digest(config))
-    with alone(folder / ".lock", f"at work in {folder}"):
-        metrics = job.finished()
-        if metrics is None:
-            metrics = _work(config, job)
-        else:
-            log.info("finished before, nothing to do: %s", job.folder)
-    if config.objective not in metrics["final"]:
-        raise ValueError(f"`objective` must be one of {', '.join(metrics['final'])}, got {config.objective!r}")
-    return metrics["final"][config.objective]
-
-
-def _work(config: DictConfig, job: Job) -> Metrics:
-    resume = job.begin()
-    if resume is not None:
-        log.info("going on from %s", resume)
-
-    # What can be wrong is made first, so that it is heard of before anything is trained.
-    methods = [instantiate(node, _convert_="all") for node in config.recipe.values() if node]
-    report = instantiate(config.report, path=str(job.artifact), _convert_="all")
-    data = make_data(config)
-    task = dense_task(config, data)
-    dense = copy.deepcopy(task)
-
-    L.seed_everything(config.seed, workers=True, verbose=False)  # the same, whether the dense network was cached or not
-    logger = instantiate(config.logger, _convert_="all") if config.logger else False
-    callbacks = [*methods, report, newest_checkpoint(job.checkpoints)]
-    trainer = make_trainer(config, callbacks=callbacks, logger=logger)
-    trainer.fit(task, data, ckpt_path=resume)
-    trainer.strategy.barrier()
-
-    final = task if not job.artifact.is_file() else make_task(config, load_compressed(job.artifact, make_net(config)))
-    metrics = {"dense": _evaluate(config, dense, data), "final": _evaluate(config, final, data)}
-    figures = {f"{side}/{name}": value for side, values in metrics.items() for name, value in values.items()}
-    for each in trainer.loggers:
-        each.log_metrics(figures)
-    finish_loggers(trainer.loggers)
-    if trainer.is_global_zero:
-        job.finish(config, metrics)
-        for name in metrics["final"]:
-            log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
-        log.info("results: %s", job.folder)
-    return metrics
-
-
-def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
-    """Validation and test metrics, by the task's own steps."""
-    trainer = make_trainer(config, logger=False, enable_checkpointing=False)
-    [validated] = trainer.validate(task, data, verbose=False)
-    [tested] = trainer.test(task, data, verbose=False)
-    return {**validated, **tested}
 
 
 if __name__ == "__main__":

@@ -64,8 +64,13 @@ def test_a_sweep_ends_with_a_table_also_when_a_job_fails_and_skips_when_repeated
             ["method.criterion=l7"],
             ["method: `criterion` must be one of l1, l2, fpgm, bn_scale, taylor, random, got 'l7'"],
         ),
+        (["data=image_folder"], ["Missing mandatory value", "full_key: data.root"]),
+        (
+            ["method=none", "objective=val/accuracy"],
+            ["`objective` must be one of val/loss, val/acc, test/loss, test/acc"],
+        ),
     ],
-    ids=["arch", "criterion"],
+    ids=["arch", "criterion", "root", "objective"],
 )
 def test_a_mistake_gets_one_clear_message(tmp_path: Path, arguments: list[str], said: list[str]) -> None:
     done = command(tmp_path, *SMALL, *arguments)

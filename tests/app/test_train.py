@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_compress import load_compressed
-from lightning_compress.app import dense, train
+from lightning_compress.app import dense, work
 from lightning_compress.app.build import make_net
 from lightning_compress.results import Results
 from lightning_compress.zoo.tasks import ImageClassifier
@@ -49,16 +49,16 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, max_epochs: int, epoch: int) -> N
 
 def test_a_job_compresses_measures_and_writes(job: Compose, tmp_path: Path) -> None:
     config = job("method.budget.macs=0.4")
-    value = train.run(config, tmp_path / "job")
+    metrics = work.run(config, tmp_path / "job")
     written = json.loads((tmp_path / "job" / "results.json").read_text())
     results = Results.load(tmp_path / "job" / "results.json")
     assert results.compressed is not None
     assert results.compressed.macs <= 0.4 * results.dense.macs
     assert set(written["metrics"]["final"]) == {"val/loss", "val/acc", "test/loss", "test/acc"}
-    assert value == written["metrics"]["final"]["val/acc"]
+    assert metrics == written["metrics"]
     assert results.metric is not None
-    assert results.metric.compressed == pytest.approx(value)  # two ways to the same figure
-    assert results.metric.dense == pytest.approx(written["metrics"]["dense"]["val/acc"])
+    assert results.metric.compressed == pytest.approx(metrics["final"]["val/acc"])  # two ways to the same figure
+    assert results.metric.dense == pytest.approx(metrics["dense"]["val/acc"])
     assert written["config"]["method"]["budget"]["macs"] == 0.4
     net = load_compressed(tmp_path / "job" / "compressed.safetensors", make_net(config))
     assert sum(p.numel() for p in net.parameters()) == results.compressed.params
@@ -66,30 +66,28 @@ def test_a_job_compresses_measures_and_writes(job: Compose, tmp_path: Path) -> N
 
 
 def test_a_dense_job_is_trained_on_and_nothing_is_cut(job: Compose, tmp_path: Path) -> None:
-    value = train.run(job("method=none"), tmp_path / "job")
-    written = json.loads((tmp_path / "job" / "results.json").read_text())
+    metrics = work.run(job("method=none"), tmp_path / "job")
     assert Results.load(tmp_path / "job" / "results.json").compressed is None
-    assert written["metrics"]["final"]["val/acc"] == value
-    assert written["metrics"]["final"]["val/loss"] != written["metrics"]["dense"]["val/loss"]
+    assert metrics["final"]["val/loss"] != metrics["dense"]["val/loss"]
 
 
 def test_a_finished_job_is_skipped(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = train.run(job(), tmp_path / "job")
-    monkeypatch.setattr(train, "make_data", refuse)
+    first = work.run(job(), tmp_path / "job")
+    monkeypatch.setattr(work, "make_data", refuse)
     with caplog.at_level(logging.INFO):
         assert (
-            train.run(job("+trainer.enable_checkpointing=true", "~trainer.enable_checkpointing"), tmp_path / "job")
+            work.run(job("+trainer.enable_checkpointing=true", "~trainer.enable_checkpointing"), tmp_path / "job")
             == first
         )
     assert "finished before" in caplog.text
 
 
 def test_a_changed_job_runs_again_from_the_beginning(job: Compose, tmp_path: Path) -> None:
-    train.run(job(), tmp_path / "job")
+    work.run(job(), tmp_path / "job")
     before = weights(tmp_path / "job")
-    train.run(job("method.budget.macs=0.3"), tmp_path / "job")
+    work.run(job("method.budget.macs=0.3"), tmp_path / "job")
     assert Results.load(tmp_path / "job" / "results.json").budgets[0].requested == 0.3
     assert not same(before, weights(tmp_path / "job"))
 
@@ -102,12 +100,12 @@ def test_an_interrupted_job_resumes(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_epochs: int, epoch: int
 ) -> None:
     apart = f"cache_dir={tmp_path / 'other cache'}"
-    train.run(job(apart), tmp_path / "uninterrupted")
+    work.run(job(apart), tmp_path / "uninterrupted")
 
     with monkeypatch.context() as patched:
         interrupt(patched, max_epochs, epoch)
         with pytest.raises(SystemExit):
-            train.run(job(), tmp_path / "job")
+            work.run(job(), tmp_path / "job")
     assert not (tmp_path / "job" / "results.json").exists()
 
     seen: list[tuple[int, int]] = []
@@ -117,7 +115,7 @@ def test_an_interrupted_job_resumes(
             "on_train_epoch_start",
             lambda self: seen.append((self.trainer.max_epochs, self.current_epoch)),
         )
-        train.run(job(), tmp_path / "job")
+        work.run(job(), tmp_path / "job")
     assert [e for m, e in seen if m == max_epochs] == list(range(epoch, max_epochs))  # nothing is trained twice
     assert same(weights(tmp_path / "uninterrupted"), weights(tmp_path / "job"))
 
@@ -126,29 +124,30 @@ def test_a_job_stopped_between_training_and_testing_trains_no_more(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_evaluate", refuse)
+        patched.setattr(work, "_evaluate", refuse)
         with pytest.raises(AssertionError):
-            train.run(job(), tmp_path / "job")
+            work.run(job(), tmp_path / "job")
     before = weights(tmp_path / "job")
     with monkeypatch.context() as patched:
         patched.setattr(ImageClassifier, "on_train_epoch_start", refuse)
         patched.setattr(dense, "_train", refuse)
-        train.run(job(), tmp_path / "job")
+        work.run(job(), tmp_path / "job")
     assert same(before, weights(tmp_path / "job"))
 
 
 def test_the_dense_network_is_trained_once_and_the_cache_changes_nothing(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.run(job(), tmp_path / "first")
+    work.run(job(), tmp_path / "first")
     monkeypatch.setattr(dense, "_train", refuse)
-    train.run(job(), tmp_path / "second")
+    work.run(job(), tmp_path / "second")
     assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
-    train.run(job("trainer.max_epochs=1", "method.end=0.0", "method.steps=1"), tmp_path / "other epochs")
+    work.run(job("trainer.max_epochs=1", "method.end=0.0", "method.steps=1"), tmp_path / "other epochs")
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "arch.width=0.4", "data.batch_size=32", "dense.max_epochs=1", "task.lr=0.2"]
+    "change",
+    ["seed=1", "arch.width=0.4", "data.batch_size=32", "dense.max_epochs=1", "task.lr=0.2", "dense.task.lr=0.2"],
 )
 def test_what_determines_the_dense_network_makes_another(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -160,9 +159,10 @@ def test_what_determines_the_dense_network_makes_another(
         raise InterruptedError
 
     monkeypatch.setattr(dense, "_train", note)
-    for overrides in ((), (change,), ("method.budget.macs=0.3", "trainer.max_epochs=9")):
+    fine_tuning = ("method.budget.macs=0.3", "trainer.max_epochs=9", "dense.task.lr=0.1", "task.lr=0.01")
+    for overrides in ((), (change,), fine_tuning):
         with pytest.raises(InterruptedError):
-            train.run(job(*overrides), tmp_path / "job")
+            work.run(job(*overrides), tmp_path / "job")
     assert asked[0] != asked[1]
     assert asked[0] == asked[2]
 
@@ -172,10 +172,10 @@ def test_a_wrong_budget_is_refused_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr(dense, "_train", refuse)
     with pytest.raises(Exception, match=r"macs.*in \(0, 1\].*got 1\.5"):
-        train.run(job("method.budget.macs=1.5"), tmp_path / "job")
+        work.run(job("method.budget.macs=1.5"), tmp_path / "job")
 
 
 def test_an_unreachable_budget_is_refused_before_fine_tuning(job: Compose, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lowest"):
-        train.run(job("method.budget.macs=0.0001"), tmp_path / "job")
+        work.run(job("method.budget.macs=0.0001"), tmp_path / "job")
     assert not (tmp_path / "job" / "results.json").exists()

@@ -1,0 +1,82 @@
+"""The work of one job, from the dense network to the tested artifact."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
+from lightning_compress.app.dense import dense_task
+from lightning_compress.app.jobs import Job, Metrics, alone, config_digest
+from lightning_compress.app.logger import finish_loggers
+from lightning_compress.artifact import load_compressed
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, folder: Path) -> Metrics:
+    """Run one job to its end, or as much of it as is left to do.
+
+    Args:
+        config: what `conf/train.yaml` composes to.
+        folder: where everything of the job is written.
+
+    Returns:
+        The metrics of the dense network and of the final one.
+    """
+    job = Job(folder, config_digest(config))
+    with alone(folder / ".lock", f"at work in {folder}"):
+        metrics = job.finished()
+        if metrics is None:
+            metrics = _work(config, job)
+        else:
+            log.info("finished before, nothing to do: %s", job.folder)
+    return metrics
+
+
+def _work(config: DictConfig, job: Job) -> Metrics:
+    resume = job.begin()
+    if resume is not None:
+        log.info("going on from %s", resume)
+
+    # What can be wrong is made first, so that it is heard of before anything is trained.
+    methods = [instantiate(node, _convert_="all") for node in config.recipe.values() if node]
+    report = instantiate(config.report, path=str(job.artifact), _convert_="all")
+    data = make_data(config)
+    task = dense_task(config, data)
+    dense = copy.deepcopy(task)
+
+    L.seed_everything(config.seed, workers=True, verbose=False)  # the same, whether the dense network was cached or not
+    logger = instantiate(config.logger, _convert_="all") if config.logger else False
+    callbacks = [*methods, report, newest_checkpoint(job.checkpoints)]
+    trainer = make_trainer(config, callbacks=callbacks, logger=logger)
+    trainer.fit(task, data, ckpt_path=resume)
+    trainer.strategy.barrier()
+
+    final = task if not job.artifact.is_file() else make_task(config, load_compressed(job.artifact, make_net(config)))
+    metrics = {"dense": _evaluate(config, dense, data), "final": _evaluate(config, final, data)}
+    figures = {f"{side}/{name}": value for side, values in metrics.items() for name, value in values.items()}
+    for each in trainer.loggers:
+        each.log_metrics(figures)
+    finish_loggers(trainer.loggers)
+    if trainer.is_global_zero:
+        job.finish(config, metrics)
+        for name in metrics["final"]:
+            log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
+        log.info("results: %s", job.folder)
+    return metrics
+
+
+def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
+    """Validation and test metrics, by the task's own steps."""
+    trainer = make_trainer(config, logger=False, enable_checkpointing=False)
+    [validated] = trainer.validate(task, data, verbose=False)
+    [tested] = trainer.test(task, data, verbose=False)
+    return {**validated, **tested}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,11 +14,13 @@ from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.coupling import Coupling, Location, trace_coupling
-from lightning_compress.edits import Edit
+from lightning_compress.edits import Edit, history, rewind_edits
 from lightning_compress.methods.calibration import Refit
 from lightning_compress.methods.choosing import Selection, costs
 from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
+from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.pruning import ChannelPlan, plan_channels
+from lightning_compress.quiet import without_observers
 
 __all__ = ["ChannelPruning"]
 
@@ -30,7 +33,8 @@ class ChannelPruning(CompressionCallback):
     Channels that the network's code does not allow to go are found, left in place and reported.
 
     Args:
-        budget: what may be left, in `macs`, `params` or `bytes`.
+        budget: what may be left. Latency is timed here and now, on the first batch: edits under such a budget are not
+            repeated exactly by another run.
         criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `random`.
         ranking: `global` (all layers compete) or `layer` (each loses the same fraction).
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.
@@ -75,8 +79,6 @@ class ChannelPruning(CompressionCallback):
         super().__init__(start=start, end=end, steps=steps, schedule=schedule, network=network)
         if not isinstance(budget, Budget):
             raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
-        if budget.latency is not None:
-            raise ValueError("ChannelPruning takes a budget of macs, params or bytes; latency is not supported yet")
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
         if sparsity < 0 or (sparsity and criterion != "bn_scale"):
@@ -87,6 +89,7 @@ class ChannelPruning(CompressionCallback):
         if criterion == "taylor" and start == 0:
             raise ValueError("criterion='taylor' gathers gradients before the first edit: `start` must be after 0")
         self.budget, self.refit, self.samples, self.sparsity = budget, refit, samples, sparsity
+        self._since = 0  # edits that the network had been through before this run
         self._saliency: dict[Location, Tensor] = {}
         self._gathered: Coupling | None = None
         self._refit: Refit | None = None
@@ -96,9 +99,12 @@ class ChannelPruning(CompressionCallback):
         captured = capture(trainer, pl_module, self.network)
         coupling = trace_coupling(captured.network, captured.calls)
         dense = costs(coupling)
+        self._since = len(history(captured.network))
+        if self.budget.latency is not None:
+            dense["latency"] = Stopwatch.start(captured.network, captured.calls).microseconds
         # Whether a budget can be met does not depend on the order of the channels, and gradients there are none yet.
         selection = self.selection if self.selection.criterion != "taylor" else replace(self.selection, criterion="l2")
-        self._plan(captured, coupling, selection, self.budget.limits(dense))
+        self._plan(captured, coupling, selection, self.budget.limits(dense), dense)
         return dense
 
     def edit(
@@ -107,7 +113,7 @@ class ChannelPruning(CompressionCallback):
         """Plan one step of the way, and solve for the weights that will remain."""
         captured = capture(trainer, pl_module, self.network, self.samples)
         coupling = trace_coupling(captured.network, captured.calls)
-        plan = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense))
+        plan = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense), self.dense)
         self._saliency, self._gathered = {}, None
         if plan.settled is None:
             return captured, (), plan.coupling.reasons
@@ -138,16 +144,30 @@ class ChannelPruning(CompressionCallback):
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, and the terms gathered since the last edit."""
         saliency = [(name, dim, value) for (name, dim), value in self._saliency.items()]
-        return {**super().state_dict(), "saliency": saliency}
+        return {**super().state_dict(), "saliency": saliency, "since": self._since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
+        self._since = state_dict["since"]
         self._saliency = {(name, dim): value for name, dim, value in state_dict["saliency"]}
 
     def _plan(
-        self, captured: Captured, coupling: Coupling, selection: Selection, limits: Mapping[str, float]
+        self,
+        captured: Captured,
+        coupling: Coupling,
+        selection: Selection,
+        limits: Mapping[str, float],
+        dense: Mapping[str, float],
     ) -> ChannelPlan:
+        stopwatch = None
+        if "latency" in limits:
+            with without_observers(captured.network):
+                reference = copy.deepcopy(captured.network)
+            rewind_edits(reference, self._since)
+            stopwatch = Stopwatch(reference, captured.calls, dense["latency"])
         keep = dict.fromkeys(captured.outside, "is used outside of the network's calls")
         seed = int(self.done * 1000)  # another draw at each edit, the same on every rank and after a resume
-        return plan_channels(coupling, selection, limits=limits, saliency=self._saliency, keep=keep, seed=seed)
+        return plan_channels(
+            coupling, selection, limits=limits, saliency=self._saliency, stopwatch=stopwatch, keep=keep, seed=seed
+        )

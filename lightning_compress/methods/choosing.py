@@ -115,6 +115,10 @@ class Chooser:
             return self.layerwise(ratio)
         return self.prefix(min(len(self.order), round(ratio * sum(map(len, self.ranked)))))
 
+    def smallest(self) -> Mask:
+        """Cut all that may go."""
+        return self.mask(self.least)
+
     def within(self, limits: Mapping[str, float]) -> Mask:
         """The smallest cut that meets the limits, then whatever can be given back under them."""
 

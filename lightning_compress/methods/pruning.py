@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget
-from lightning_compress.calls import Call
+from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
-from lightning_compress.edits import Edit, apply_edits, skeleton
+from lightning_compress.edits import Edit, apply_edits
 from lightning_compress.methods.choosing import Chooser, Selection, costs
 from lightning_compress.methods.criteria import score_channels
+from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
 
 __all__ = ["ChannelPlan", "Pruning", "plan_channels", "prune_channels"]
 
@@ -58,6 +58,7 @@ def plan_channels(
     limits: Mapping[str, float] | None = None,
     ratio: float | None = None,
     saliency: Mapping[Location, Tensor] | None = None,
+    stopwatch: Stopwatch | None = None,
     keep: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> ChannelPlan:
@@ -69,6 +70,7 @@ def plan_channels(
         limits: unit -> absolute cost allowed (see `costs`). Either this or `ratio`.
         ratio: fraction of the channels to cut.
         saliency: gathered terms for the criteria that need them.
+        stopwatch: what a limit on latency is measured with.
         keep: tensor name -> why none of its channels may go.
         seed: for the criteria that draw.
 
@@ -89,24 +91,24 @@ def plan_channels(
         raise ValueError(f"there is no channel in this network that could be cut: {why}")
     scores = score_channels(coupling, selection.criterion, saliency, seed)
 
-    targets = dict(limits or {})
-    if "bytes" in targets:  # the file holds a header and the edits beside the tensors
-        targets["bytes"] -= artifact_bytes(model) - coupling.bytes(coupling.nothing_cut())
+    def propose(targets: Mapping[str, float] | None) -> Settled | None:
+        def choose(current: Coupling) -> Mask:
+            chooser = Chooser(current, selection, scores)
+            return chooser.by_ratio(ratio or 0.0) if targets is None else chooser.within(targets)
 
-    def choose(current: Coupling) -> Mask:
-        chooser = Chooser(current, selection, scores)
-        return chooser.by_ratio(ratio) if ratio is not None else chooser.within(targets)
+        return settle(coupling, choose, "channel_pruning")
 
-    while True:
-        settled = settle(coupling, choose, "channel_pruning")
-        if settled is None or limits is None or "bytes" not in limits:
-            break
-        trial = skeleton(model)
-        apply_edits(trial, [settled.keep])
-        excess = artifact_bytes(trial) - limits["bytes"]
-        if excess <= 0:
-            break
-        targets["bytes"] -= excess  # ends: below what is reachable, the chooser refuses
+    def propose_bytes(targets: Mapping[str, float]) -> Settled | None:
+        return within_bytes(model, coupling, propose, targets) if "bytes" in targets else propose(targets)
+
+    if limits is None:
+        return ChannelPlan(coupling, propose(None))
+    if "latency" not in limits:
+        return ChannelPlan(coupling, propose_bytes(limits))
+    if stopwatch is None:
+        raise ValueError("a limit on latency needs a stopwatch")
+    least = coupling.macs(Chooser(coupling, selection, scores).smallest())
+    settled = within_latency(model, coupling, propose_bytes, limits, stopwatch, least)
     return ChannelPlan(coupling, settled)
 
 
@@ -128,7 +130,7 @@ def prune_channels(
     Args:
         model: any network.
         inputs: one batch: a tensor, positional arguments, or recorded calls.
-        budget: what may be left, in fractions of `model` or absolute.
+        budget: what may be left, in fractions of `model` or absolute; latency is that of `inputs` as one batch.
         ratio: instead of a budget, the fraction of channels to cut (of all, or of each layer: see `ranking`).
         criterion: `l1`, `l2`, `fpgm`, `bn_scale` or `random`.
         ranking: `global` or `layer`.
@@ -156,13 +158,13 @@ def prune_channels(
 
     least = (0.1 if ratio is None else 0.0) if floor is None else floor
     selection = Selection(criterion, ranking, round_to, tuple(exclude), least)
-    coupling = trace_coupling(model, inputs)
+    calls = as_calls(inputs)
+    coupling = trace_coupling(model, calls)
     before = costs(coupling)
-    unknown = set(budget.given()) - set(before) if budget is not None else set()
-    if unknown:
-        raise ValueError(f"prune_channels takes a budget of {', '.join(before)}; got {', '.join(unknown)}")
-    limits = None if budget is None else budget.limits(before)
-    plan = plan_channels(coupling, selection, limits=limits, ratio=ratio)
+    stopwatch = Stopwatch.start(model, calls) if budget is not None and budget.latency is not None else None
+    clock = {} if stopwatch is None else {"latency": stopwatch.microseconds}
+    limits = None if budget is None else budget.limits(before | clock)
+    plan = plan_channels(coupling, selection, limits=limits, ratio=ratio, stopwatch=stopwatch)
     if plan.settled is None:
         return Pruning((), "nothing cut", plan.coupling.reasons, {unit: (c, c) for unit, c in before.items()})
     after = costs(plan.coupling, plan.settled.cut)

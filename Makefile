@@ -35,7 +35,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "$(VENV) holds $$($(BIN)/python --version); Python 3.11 to 3.13 is needed: rm -r $(VENV) and make again" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	@echo "Installing into $(VENV); PyTorch is large, the first time takes minutes."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[all]"
 	@touch $@
 
 quickstart: $(STAMP) ## two networks x (dense, half, a quarter of the MACs) on digits, and a table (minutes)
@@ -71,7 +72,7 @@ docs: ## where the documentation is
 
 bench: $(STAMP) ## the benchmarks, in their short form
 	@if compgen -G "benchmarks/*.py" > /dev/null; then \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"; \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"; \
 		for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark --quick; done; \
 		else echo "There are no benchmarks yet."; fi
 

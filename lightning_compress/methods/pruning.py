@@ -130,7 +130,7 @@ def prune_channels(
     Args:
         model: any network.
         inputs: one batch: a tensor, positional arguments, or recorded calls.
-        budget: what may be left, in fractions of `model` or absolute; latency is that of `inputs` as one batch.
+        budget: what may be left, in fractions of `model` or absolute.
         ratio: instead of a budget, the fraction of channels to cut (of all, or of each layer: see `ranking`).
         criterion: `l1`, `l2`, `fpgm`, `bn_scale` or `random`.
         ranking: `global` or `layer`.

@@ -188,8 +188,9 @@ class TestChannelPruning:
         dense = copy.deepcopy(model)
         try:
             result = ours(model, (x,), 0.5, ())
-        except ValueError as error:  # shuffles beside skips can tie all channels of a layer into one
-            assert "no channel in this network" in str(error)
-            return
+        except ValueError as error:
+            if "no channel in this network" not in str(error):
+                raise
+            return  # shuffles beside skips can tie all channels of a layer into one
         verdict = judge(dense, result.model, result.kept, (x,))
         assert verdict.kind in ("exact", "no-op"), verdict

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_compress.calls import Call
 from lightning_compress.coupling.graph import Coupling, Mask
 from lightning_compress.coupling.labels import Labels
-from lightning_compress.coupling.trace import Op
+from lightning_compress.coupling.trace import Op, is_seen
 from lightning_compress.edits import Keep, apply_edits, skeleton
 from lightning_compress.quiet import undisturbed, without_observers
 
@@ -86,15 +86,22 @@ def prove(coupling: Coupling, keep: Keep, cut: Mask, tolerance: float = 1e-5) ->
     with undisturbed(coupling.model), undisturbed(trial):
         outputs, fault = _run(trial, coupling.calls, _ShapeCheck(coupling, cut))
         if fault is None:
-            reference = _Reference(coupling, cut, every=False) if restricted else nullcontext()
-            error = _difference(
-                _masked_outputs(coupling.model, coupling.calls, _masked(coupling, keep), reference), outputs
-            )
+            error = _outputs_error(coupling, keep, cut, outputs, restricted)
             if error <= tolerance:
                 return Proof(kind, error)
             # Rounding in a deep network, or a real difference? Op by op, in double precision.
             error, fault = _compare_ops(coupling, keep, cut, trial, tolerance)
     return Proof(kind, error) if fault is None else Proof("failed", fault=fault)
+
+
+def _outputs_error(coupling: Coupling, keep: Keep, cut: Mask, outputs: list[Any], restricted: bool) -> float:
+    """How far the trial's outputs are from those of the original with the cut channels zeroed."""
+    reference = _Reference(coupling, cut, every=False) if restricted else nullcontext()
+    try:
+        expected = _masked_outputs(coupling.model, coupling.calls, _masked(coupling, keep), reference)
+    except _DivergenceError:  # `_compare_ops` will find out where
+        return float("inf")
+    return _difference(expected, outputs)
 
 
 def _is_cut(coupling: Coupling, op: Op, cut: Mask) -> bool:
@@ -139,7 +146,7 @@ class _ShapeCheck(TorchDispatchMode):
         """Run the op and compare."""
         result = func(*args, **(kwargs or {}))
         outs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not outs and not any(isinstance(a, Tensor) for a in args):
+        if not is_seen(func, outs, args):
             return result
         ops = self.coupling.ops
         if self.index >= len(ops):
@@ -177,8 +184,8 @@ class _Reference(TorchDispatchMode):
                 tensor = tensor.index_select(dim, torch.from_numpy(living).to(tensor.device))
         return tensor
 
-    def embed(self, tensor: Tensor, shape: tuple[int, ...], labels: Labels) -> Tensor:
-        full = tensor.new_zeros(shape)
+    def embed(self, tensor: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], labels: Labels) -> Tensor:
+        full = tensor.new_empty_strided(shape, stride).zero_()
         index: list[Any] = [slice(None)] * len(shape)
         for dim, vector in labels.items():
             living = torch.from_numpy(np.flatnonzero(self.coupling.alive(vector, self.cut)))
@@ -199,18 +206,21 @@ class _Reference(TorchDispatchMode):
     ) -> Any:
         """Run the op, restricted where it must be."""
         kwargs = kwargs or {}
-        op = self.coupling.ops[self.index] if self.index < len(self.coupling.ops) else None
-        if op is not None and op.restricted and func is op.func and _is_cut(self.coupling, op, self.cut):
+        op = self.coupling.ops[min(self.index, len(self.coupling.ops) - 1)]
+        if op.restricted and func is op.func and _is_cut(self.coupling, op, self.cut):
             result = self._restricted(op, args, kwargs)
         else:
             result = func(*args, **kwargs)
         outs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if outs or any(isinstance(a, Tensor) for a in args):
-            if op is not None and self.every:
-                kept = [self.survivors(o, labels) for o, labels in zip(outs, op.outputs, strict=False)]
-                # An op in place would change what was kept, and so would a later one on a view.
-                self.kept.append([k.clone() for k in kept])
-            self.index += 1
+        if not is_seen(func, outs, args):
+            return result
+        if self.index >= len(self.coupling.ops) or func is not op.func:
+            raise _DivergenceError("with those channels at zero the original takes another way")
+        if self.every:
+            kept = [self.survivors(o, labels) for o, labels in zip(outs, op.outputs, strict=True)]
+            # An op in place would change what was kept, and so would a later one on a view.
+            self.kept.append([k.clone() for k in kept])
+        self.index += 1
         return result
 
     def _restricted(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,7 +233,7 @@ class _Reference(TorchDispatchMode):
             small = (*small[:3], x.shape[0], x.shape[1], *small[5:])
         result = op.func(*small, **small_kwargs)
         leaves, spec = pytree.tree_flatten(result)
-        full = [self.embed(o, shape, lab) for o, shape, lab in zip(leaves, op.shapes, op.outputs, strict=True)]
+        full = [self.embed(*parts) for parts in zip(leaves, op.shapes, op.strides, op.outputs, strict=True)]
         return pytree.tree_unflatten(full, spec)
 
 
@@ -294,7 +304,10 @@ def _compare_ops(
     masked = {name: converted[id(value)] for name, value in zeroed.items()}
     with undisturbed(original), undisturbed(small):
         reference = _Reference(coupling, cut)
-        expected = _masked_outputs(original, calls, masked, reference)
+        try:
+            expected = _masked_outputs(original, calls, masked, reference)
+        except _DivergenceError as error:
+            return 0.0, Fault(min(reference.index, len(coupling.ops) - 1), str(error))
         values = _ValueCheck(coupling, cut, reference.kept, min(tolerance, 1e-8) if precise else tolerance)
         outputs, fault = _run(small, calls, values)
     return (_difference(expected, outputs), None) if fault is None else (0.0, fault)

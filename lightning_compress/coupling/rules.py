@@ -34,9 +34,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def label_outputs(tracer: Tracer, op: Op) -> list[Labels]:
     """The labels of what `op` returned, by the rule of its name; without one, its arguments are frozen."""
+    name = op.name
+    if name in _CONSTANTS:
+        return [{d: tracer.space.new(n) for d, n in enumerate(out.shape) if n > 1} for out in op.outs]
     if not any(op.inputs):
         return [{} for _ in op.outs]
-    name = op.name
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if found is None and _pointwise(op):
         found = elementwise
@@ -46,6 +48,10 @@ def label_outputs(tracer: Tracer, op: Op) -> list[Labels]:
         return [{} for _ in op.outs]
     outputs = list(found(tracer, op))
     return outputs + [{}] * (len(op.outs) - len(outputs))
+
+
+_CONSTANTS = ("zeros", "ones", "full", "empty")
+"""All elements alike; the sizes may follow the channels they meet: whether they do is for the proof to say."""
 
 
 def _pointwise(op: Op) -> bool:
@@ -102,7 +108,21 @@ def like(tracer: Tracer, op: Op) -> Sequence[Labels]:
     """Constants shaped after a tensor: taken to follow its sizes where they are the same."""
     source, out = op.args[0], op.outs[0]
     same = source.dim() == out.dim()
-    return [{d: v for d, v in tracer.of(source).items() if same and source.shape[d] == out.shape[d]}]
+    follows = {d: v for d, v in tracer.of(source).items() if same and source.shape[d] == out.shape[d]}
+    others = {d: n for d, n in enumerate(out.shape) if n > 1 and not (same and source.shape[d] == n)}
+    return [follows | {d: tracer.space.new(n) for d, n in others.items()}]
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """A direction and a length for each slice; the length is a norm over all other dims."""
+    direction, length, dim = (*op.args, 0)[:3]
+    labels = dict(tracer.of(direction))
+    joined = tracer.join(op, labels.get(dim), tracer.of(length).get(dim)) if size(direction, dim) > 1 else None
+    if joined is not None:
+        labels[dim] = joined
+    op.restricted = any(d != dim for d in labels)
+    return [labels, {} if joined is None else {dim: joined}]
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",

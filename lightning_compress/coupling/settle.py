@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_compress.coupling.graph import Coupling, Mask
-from lightning_compress.coupling.labels import Vector
+from lightning_compress.coupling.labels import DATA, Vector
 from lightning_compress.coupling.proof import Fault, Proof, prove
 from lightning_compress.coupling.trace import Op
 from lightning_compress.edits import Attribute, Keep
@@ -80,6 +82,9 @@ def _sizes(coupling: Coupling, op: Op, cut: Mask) -> Iterator[tuple[Attribute, t
         parts = tuple(labels[dim] for labels in op.outputs if dim in labels)
         if len(parts) > 1:  # a list of sizes, as `split` takes it
             yield tuple(len(part) for part in parts), parts
+    for shape, labels in zip(op.shapes, op.outputs, strict=True):  # a whole shape, as `view` takes it
+        if any(not coupling.alive(vector, cut).all() for vector in labels.values()):
+            yield shape, tuple(labels.get(dim, np.full(size, DATA)) for dim, size in enumerate(shape))
     for labels in (*op.inputs, *op.outputs):  # later ones win: what was made
         for vector in labels.values():
             if not coupling.alive(vector, cut).all():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -18,7 +19,7 @@ from lightning_compress.calls import Call, run_calls
 from lightning_compress.coupling.labels import Labels, LabelSpace, Vector
 from lightning_compress.edits import named_tensors
 
-__all__ = ["Op", "Tracer", "module_stack"]
+__all__ = ["Op", "Tracer", "is_seen", "module_stack"]
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Op:
         inputs: labels of its tensor arguments, in order.
         outputs: labels of the tensors it returned.
         shapes: shapes of the tensors it returned.
+        strides: their strides, by which code that reshapes decides whether to copy.
         restricted: it reduces or normalises over channels, so what it computes changes when some go.
     """
 
@@ -45,6 +47,7 @@ class Op:
     inputs: list[Labels] = field(default_factory=list)
     outputs: list[Labels] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    strides: list[tuple[int, ...]] = field(default_factory=list)
     restricted: bool = False
 
     @property
@@ -60,6 +63,14 @@ class Op:
     def vectors(self) -> list[Vector]:
         """All label vectors that flow in or out."""
         return [vector for labels in (*self.inputs, *self.outputs) for vector in labels.values()]
+
+
+def is_seen(func: OpOverload, outs: Sequence[Tensor], args: Sequence[Any]) -> bool:
+    """Whether an op counts when two runs are compared: not those that torch adds as it likes, to alias a tensor."""
+    return func not in _ALIASES and (bool(outs) or any(isinstance(argument, Tensor) for argument in args))
+
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
 @dataclass(frozen=True)
@@ -123,19 +134,18 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         outs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not outs and not any(isinstance(a, Tensor) for a in args):
-            return result
         op = Op(func, args, kwargs, outs, self.stack())
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self.used.add(id(leaf))
                 op.inputs.append(self.of(leaf))
         op.outputs = label_outputs(self, op)
-        op.shapes = [tuple(out.shape) for out in outs]
+        op.shapes, op.strides = [tuple(out.shape) for out in outs], [out.stride() for out in outs]
         for out, labels in zip(outs, op.outputs, strict=True):
             self._labels[id(out)] = (out, labels)
         op.args, op.kwargs, op.outs = (), {}, []
-        self.ops.append(op)
+        if is_seen(func, outs, args):
+            self.ops.append(op)
         return result
 
     # What the rules say, in the words of the rules.

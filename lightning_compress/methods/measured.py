@@ -51,8 +51,8 @@ class Stopwatch:
         """Microseconds of one batch of `BUDGET_BATCH`, in eager torch."""
         sides = {"reference": (self.reference, self.calls), "network": (network, self.calls)}
         times = compare_latency(sides, (BUDGET_BATCH,))
-        network, reference = (times[side][BUDGET_BATCH].wall.median for side in ("network", "reference"))
-        return self.microseconds * network / reference
+        found, expected = (times[side][BUDGET_BATCH].wall.median for side in ("network", "reference"))
+        return self.microseconds * found / expected
 
 
 def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits: Mapping[str, float]) -> Settled | None:

@@ -141,14 +141,16 @@ class ChannelPruning(CompressionCallback):
             self._saliency = {key: self._saliency.get(key, 0) + term for key, term in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the base keeps, and the terms gathered since the last edit."""
+        """What the base keeps, what was asked for, and the terms gathered since the last edit."""
         saliency = [(name, dim, value) for (name, dim), value in self._saliency.items()]
-        return {**super().state_dict(), "saliency": saliency, "since": self._since}
+        return {**super().state_dict(), "saliency": saliency, "since": self._since, "budget": self.budget.given()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
         self._since = state_dict["since"]
+        if state_dict["budget"] != self.budget.given():
+            self.done = 0.0  # another budget, of the same dense network: what is due by now is still to be done
         self._saliency = {(name, dim): value for name, dim, value in state_dict["saliency"]}
 
     def _plan(

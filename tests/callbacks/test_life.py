@@ -255,6 +255,14 @@ def test_two_prunings_in_one_run(tmp_path: Path) -> None:
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.state_dict().items())
 
 
+def test_a_resumed_run_may_ask_for_another_budget(tmp_path: Path) -> None:
+    """Fractions go on being of the dense network, not of what the first run left."""
+    fit(task("residual"), tmp_path / "a", pruning(budget=Budget(macs=0.7)))
+    module = task("residual")
+    fit(module, tmp_path / "b", pruning(budget=Budget(macs=0.5)), ckpt=tmp_path / "a/epoch=3.ckpt")
+    assert 0.45 < share(module) <= 0.5
+
+
 def test_learning_rates_are_untouched(tmp_path: Path) -> None:
     rates = {}
     for name, callbacks in {"with": [pruning()], "without": []}.items():

@@ -171,7 +171,9 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     Example:
         >>> from lightning_compress.coupling import trace_coupling
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> _ = nn.init.constant_(net[0].weight[1], 0.0)
+        >>> for parameter in net.parameters():
+        ...     _ = nn.init.ones_(parameter)
+        >>> _ = nn.init.zeros_(net[0].weight[1])
         >>> coupling = trace_coupling(net, torch.zeros(1, 4))
         >>> int(score_channels(coupling, "l1")[coupling.groups[0].classes].argmin())
         1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError, bisect
 from lightning_compress.coupling import Coupling, Mask
+from lightning_compress.coupling.labels import Vector
 from lightning_compress.methods.criteria import Scores, check_criterion
 
 __all__ = ["Chooser", "Selection", "costs"]
@@ -20,6 +22,13 @@ UNITS: Mapping[str, Callable[[Coupling, Mask], float]] = {
     "params": Coupling.params,
     "bytes": Coupling.bytes,
 }
+
+
+FULL = 0.99
+"""How much of a limit is to be used; below it, channels are traded between layers."""
+
+MANY = 24
+"""Layers above which a single channel is too little to be worth trading."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,13 @@ class Chooser:
     def within(self, limits: Mapping[str, float]) -> Mask:
         """The smallest cut that meets the limits, then whatever can be given back under them."""
 
+        def used(cut: Mask) -> float:
+            return max(
+                UNITS[unit](self.coupling, cut) / limit if limit > 0 else np.inf for unit, limit in limits.items()
+            )
+
         def fits(cut: Mask) -> bool:
-            return all(UNITS[unit](self.coupling, cut) <= limit for unit, limit in limits.items())
+            return used(cut) <= 1
 
         if fits(self.coupling.nothing_cut()):
             return self.coupling.nothing_cut()
@@ -135,7 +149,9 @@ class Chooser:
         if found is None:
             self._refuse(limits, candidates(steps))
         cut = candidates(found or 0)
-        return self._give_back(cut, fits) if self.selection.round_to == 1 else cut
+        if self.selection.round_to > 1:
+            return cut
+        return self._swap(self._give_back(cut, fits), used)
 
     def _give_back(self, cut: Mask, fits: Callable[[Mask], bool], tries: int = 200) -> Mask:
         """Bring back the best of the cut channels, as long as the limits hold."""
@@ -143,6 +159,28 @@ class Chooser:
             cut[channel] = False
             cut[channel] = not fits(cut)
         return cut
+
+    def _swap(self, cut: Mask, used: Callable[[Mask], float]) -> Mask:
+        """Where channels are few and dear: use up the limits by trading one layer's worst for another's best."""
+        while used(cut) < FULL and len(self.ranked) <= MANY:
+            best, better = used(cut), None
+            for trade in self._trades(cut):
+                candidate = cut.copy()
+                candidate[trade[0]], candidate[trade[1]] = True, False
+                if best < used(candidate) <= 1:
+                    best, better = used(candidate), candidate
+            if better is None:
+                break
+            cut = better
+        return cut
+
+    def _trades(self, cut: Mask) -> Iterator[tuple[Vector, Vector]]:
+        """Channels to cut of one layer and to bring back of another, one or two of each."""
+        for (ranked, least), other in product(zip(self.ranked, self.least, strict=True), self.ranked):
+            kept, gone = ranked[~cut[ranked]], other[cut[other]]
+            for fewer, more in ((1, 1), (1, 2), (2, 1)):
+                if other is not ranked and len(kept) - fewer >= least and len(gone) >= more:
+                    yield kept[:fewer], gone[-more:]
 
     def _refuse(self, limits: Mapping[str, float], smallest: Mask) -> None:
         dense, least = costs(self.coupling), costs(self.coupling, smallest)

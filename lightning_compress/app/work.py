@@ -31,6 +31,10 @@ def run(config: DictConfig, folder: Path) -> Metrics:
     Returns:
         The metrics of the dense network and of the final one.
     """
+    # Lightning prints what it logs; Hydra's root logger does so too, with the time, and into the job's log file.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     job = Job(folder, config_digest(config))
     with alone(folder / ".lock", f"at work in {folder}"):
         metrics = job.finished()

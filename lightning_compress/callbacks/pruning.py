@@ -128,7 +128,7 @@ class ChannelPruning(CompressionCallback):
 
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Until the last edit: gather Taylor terms, pull norm scales towards zero."""
-        if self.done >= 1.0:
+        if self.done >= 1.0 or not (self.sparsity or self.selection.criterion == "taylor"):
             return
         network = pl_module.get_submodule(find_network(pl_module, self.network))
         if self.sparsity:

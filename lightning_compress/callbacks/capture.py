@@ -92,7 +92,7 @@ def capture(trainer: pl.Trainer, module: pl.LightningModule, network: str | None
     steps: list[list[Call]] = []
     outside: set[str] = set()
     seen = 0
-    with isolate_rng(), torch.random.fork_rng(devices=[]):
+    with isolate_rng():
         torch.manual_seed(0)
         for batch in _batches(trainer.train_dataloader, samples):
             recorder = _Recorder(module, path)

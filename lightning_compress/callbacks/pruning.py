@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
-from lightning_compress.coupling import Coupling, Location, trace_coupling
+from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
 from lightning_compress.edits import Edit, history, rewind_edits
 from lightning_compress.methods.calibration import Refit
 from lightning_compress.methods.choosing import Selection, costs
 from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
 from lightning_compress.methods.measured import Stopwatch
-from lightning_compress.methods.pruning import ChannelPlan, plan_channels
+from lightning_compress.methods.pruning import plan_channels
 from lightning_compress.quiet import without_observers
 
 __all__ = ["ChannelPruning"]
@@ -68,7 +68,7 @@ class ChannelPruning(CompressionCallback):
         schedule: str = "cubic",
         round_to: int = 1,
         exclude: Sequence[str] = (),
-        floor: float = 0.1,
+        floor: float = Selection.floor,
         refit: bool = True,
         samples: int = 256,
         sparsity: float = 0.0,
@@ -112,13 +112,13 @@ class ChannelPruning(CompressionCallback):
         """Plan one step of the way, and solve for the weights that will remain."""
         captured = capture(trainer, pl_module, self.network, self.samples)
         coupling = trace_coupling(captured.network, captured.calls)
-        plan = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense), self.dense)
+        settled = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense), self.dense)
         self._saliency, self._gathered = {}, None
-        if plan.settled is None:
-            return captured, (), plan.coupling.reasons
+        if settled is None:
+            return captured, (), coupling.reasons
         if self.refit:
-            self._refit = Refit(captured.network, plan.coupling, plan.settled.cut, captured.calibration)
-        return captured, (plan.settled.keep,), plan.coupling.reasons
+            self._refit = Refit(captured.network, coupling, settled.cut, captured.calibration)
+        return captured, (settled.keep,), coupling.reasons
 
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the refitted weights."""
@@ -137,8 +137,8 @@ class ChannelPruning(CompressionCallback):
             if self._gathered is None:
                 captured = capture(trainer, pl_module, self.network)
                 self._gathered = trace_coupling(captured.network, captured.calls)
-            terms = taylor_terms(self._gathered, dict(network.named_parameters(remove_duplicate=False)))
-            self._saliency = {key: self._saliency.get(key, 0) + term for key, term in terms.items()}
+            parameters = dict(network.named_parameters(remove_duplicate=False))
+            self._saliency = taylor_terms(self._gathered, parameters, self._saliency)
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, what was asked for, and the terms gathered since the last edit."""
@@ -160,7 +160,7 @@ class ChannelPruning(CompressionCallback):
         selection: Selection,
         limits: Mapping[str, float],
         dense: Mapping[str, float],
-    ) -> ChannelPlan:
+    ) -> Settled | None:
         stopwatch = None
         if "latency" in limits:
             with without_observers(captured.network):

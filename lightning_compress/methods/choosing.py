@@ -184,7 +184,7 @@ class Chooser:
 
     def _refuse(self, limits: Mapping[str, float], smallest: Mask) -> None:
         dense, least = costs(self.coupling), costs(self.coupling, smallest)
-        worst = max(limits, key=lambda unit: least[unit] / limits[unit])
+        worst = max(limits, key=lambda unit: (least[unit] - limits[unit]) / dense[unit])
         share = f"{least[worst]:,.0f} ({least[worst] / dense[worst]:.3f} of it)"
         raise BudgetError(
             f"a budget of {limits[worst]:,.0f} {worst} cannot be met: this network has {dense[worst]:,.0f}, and the "

@@ -130,26 +130,27 @@ def add_sparsity_gradient(model: nn.Module, strength: float) -> None:
             module.weight.grad.add_(module.weight.detach().sign(), alpha=strength)
 
 
-def taylor_terms(coupling: Coupling, tensors: Mapping[str, Tensor]) -> dict[Location, Tensor]:
+def taylor_terms(
+    coupling: Coupling, tensors: Mapping[str, Tensor], gathered: Saliency | None = None
+) -> dict[Location, Tensor]:
     """The squared first-order terms of one step, (sum of gradient x weight)^2 for each slice.
 
     Args:
         coupling: says which dims channels live in.
         tensors: parameters by name, with gradients; those without one are left out.
+        gathered: terms of the steps before, which are added.
 
     Returns:
         Location -> float32 vector, one term for each index.
     """
-    terms: dict[Location, Tensor] = {}
-    for name, dim in coupling.locations:
+    terms = dict(gathered or {})
+    for (name, dim), classes in coupling.locations.items():
         parameter = tensors.get(name)
-        if (
-            parameter is not None
-            and parameter.grad is not None
-            and not coupling.frozen[coupling.locations[name, dim]].all()
-        ):
-            product = (parameter.detach() * parameter.grad).float()
-            terms[name, dim] = product.transpose(0, dim).flatten(1).sum(1).square() if product.dim() > 1 else product**2
+        if parameter is None or parameter.grad is None or coupling.frozen[classes].all():
+            continue
+        product = (parameter.detach() * parameter.grad).float()
+        term = (product.transpose(0, dim).flatten(1).sum(1) if product.dim() > 1 else product).square()
+        terms[name, dim] = terms[name, dim] + term if (name, dim) in terms else term
     return terms
 
 

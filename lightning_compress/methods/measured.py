@@ -63,10 +63,21 @@ def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits:
         coupling: its coupling.
         propose: makes proved edits.
         limits: unit -> cost allowed, `bytes` among them.
+
+    Raises:
+        BudgetError: there is no such network.
     """
-    targets = {**limits, "bytes": limits["bytes"] - artifact_bytes(model) + coupling.bytes(coupling.nothing_cut())}
+    beside = artifact_bytes(model) - coupling.bytes(coupling.nothing_cut())
+    targets = {**limits, "bytes": limits["bytes"] - beside}
     while True:  # ends: below what is reachable, `propose` raises
-        settled = propose(targets)
+        try:
+            settled = propose(targets)
+        except BudgetError as error:
+            raise BudgetError(
+                f"a file of {limits['bytes']:,.0f} bytes cannot be met together with the other limits: beside the "
+                f"tensors it holds a header and the edits, {limits['bytes'] - targets['bytes']:,.0f} bytes; for the "
+                f"rest, {error}"
+            ) from error
         if settled is None:
             return None
         trial = skeleton(model)

@@ -13,25 +13,13 @@ from torch import Tensor, nn
 from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
-from lightning_compress.edits import Edit, apply_edits
+from lightning_compress.edits import Edit, apply_edits, named_tensors
+from lightning_compress.methods.calibration import Refit
 from lightning_compress.methods.choosing import Chooser, Selection, costs
 from lightning_compress.methods.criteria import score_channels
 from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
 
-__all__ = ["ChannelPlan", "Pruning", "plan_channels", "prune_channels"]
-
-
-@dataclass(frozen=True)
-class ChannelPlan:
-    """A proved plan.
-
-    Attributes:
-        coupling: the traced network, with what the proof froze.
-        settled: the edit with its proof; None when there is nothing to cut.
-    """
-
-    coupling: Coupling
-    settled: Settled | None
+__all__ = ["Pruning", "plan_channels", "prune_channels"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ def plan_channels(
     stopwatch: Stopwatch | None = None,
     keep: Mapping[str, str] | None = None,
     seed: int = 0,
-) -> ChannelPlan:
+) -> Settled | None:
     """Plan and prove, without touching the network.
 
     Args:
@@ -73,6 +61,9 @@ def plan_channels(
         stopwatch: what a limit on latency is measured with.
         keep: tensor name -> why none of its channels may go.
         seed: for the criteria that draw.
+
+    Returns:
+        The proved edit; None when there is nothing to cut.
 
     Raises:
         BudgetError: the limits cannot be met, with the lowest that can.
@@ -102,14 +93,13 @@ def plan_channels(
         return within_bytes(model, coupling, propose, targets) if "bytes" in targets else propose(targets)
 
     if limits is None:
-        return ChannelPlan(coupling, propose(None))
+        return propose(None)
     if "latency" not in limits:
-        return ChannelPlan(coupling, propose_bytes(limits))
+        return propose_bytes(limits)
     if stopwatch is None:
         raise ValueError("a limit on latency needs a stopwatch")
     least = coupling.macs(Chooser(coupling, selection, scores).smallest())
-    settled = within_latency(model, coupling, propose_bytes, limits, stopwatch, least)
-    return ChannelPlan(coupling, settled)
+    return within_latency(model, coupling, propose_bytes, limits, stopwatch, least)
 
 
 def prune_channels(
@@ -154,9 +144,7 @@ def prune_channels(
         >>> pruning.proof, 0.48 < after / before <= 0.5
         ('exact', True)
     """
-    from lightning_compress.methods.calibration import Refit
-
-    least = (0.1 if ratio is None else 0.0) if floor is None else floor
+    least = (Selection.floor if ratio is None else 0.0) if floor is None else floor
     selection = Selection(criterion, ranking, round_to, tuple(exclude), least)
     calls = as_calls(inputs)
     coupling = trace_coupling(model, calls)
@@ -164,33 +152,30 @@ def prune_channels(
     stopwatch = Stopwatch.start(model, calls) if budget is not None and budget.latency is not None else None
     clock = {} if stopwatch is None else {"latency": stopwatch.microseconds}
     limits = None if budget is None else budget.limits(before | clock)
-    plan = plan_channels(coupling, selection, limits=limits, ratio=ratio, stopwatch=stopwatch)
-    if plan.settled is None:
-        return Pruning((), "nothing cut", plan.coupling.reasons, {unit: (c, c) for unit, c in before.items()})
-    after = costs(plan.coupling, plan.settled.cut)
-    refit = None if calibration is None else Refit(model, plan.coupling, plan.settled.cut, calibration)
-    apply_edits(model, [plan.settled.keep])
+    settled = plan_channels(coupling, selection, limits=limits, ratio=ratio, stopwatch=stopwatch)
+    if settled is None:
+        return Pruning((), "nothing cut", coupling.reasons, {unit: (c, c) for unit, c in before.items()})
+    after = costs(coupling, settled.cut)
+    refit = None if calibration is None else Refit(model, coupling, settled.cut, calibration)
+    apply_edits(model, [settled.keep])
     if refit is not None:
         refit.apply()
     spent = {unit: (before[unit], after[unit]) for unit in before}
-    return Pruning((plan.settled.keep,), plan.settled.proof.kind, plan.coupling.reasons, spent)
+    return Pruning((settled.keep,), settled.proof.kind, coupling.reasons, spent)
 
 
 def _exclude(coupling: Coupling, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in coupling.model.named_modules()]
+    modules = dict(coupling.model.named_modules())
+    sizes = {name: tensor.dim() for name, tensor in named_tensors(coupling.model)}
     for pattern in patterns:
-        matched = [name for name in names if fnmatchcase(name, pattern)]
+        matched = [name for name in modules if fnmatchcase(name, pattern)]
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise ValueError(
-                f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near) or names[:5]}"
-            )
+            near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[1:6]
+            raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near)}")
         inside = tuple(f"{module}." for module in matched if module)
         kept = []
         for (name, dim), classes in coupling.locations.items():
-            owner = coupling.model.get_submodule(name.rpartition(".")[0])
-            weight = coupling.model.state_dict(keep_vars=True).get(name)
-            produced = 1 if getattr(owner, "transposed", False) and weight is not None and weight.dim() > 1 else 0
-            if dim == produced and name.startswith(inside):
+            transposed = getattr(modules.get(name.rpartition(".")[0]), "transposed", False) and sizes[name] > 1
+            if dim == int(transposed) and name.startswith(inside):
                 kept.append(classes)
         coupling.freeze(kept, f"excluded by pattern {pattern!r}")

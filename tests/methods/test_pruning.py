@@ -153,6 +153,12 @@ def test_a_budget_out_of_reach_says_the_lowest_and_changes_nothing() -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+def test_a_file_out_of_reach_is_refused_in_bytes_of_the_file() -> None:
+    for size in (2000, 10):  # the second is less than the header alone
+        with pytest.raises(BudgetError, match=rf"a file of {size:,} bytes cannot be met .* header and the edits"):
+            prune_channels(network(), X, Budget(bytes=size))
+
+
 def test_the_lowest_that_is_named_can_be_reached() -> None:
     model = network()
     with pytest.raises(BudgetError) as refused:

@@ -10,7 +10,16 @@ from typing import IO, Any, TypeVar
 
 import lightning as L
 
-from lightning_compress.edits import EditError, apply_edits, edits_from_json, edits_to_json, history, rewind_edits
+from lightning_compress.edits import (
+    EditError,
+    apply_edits,
+    edits_from_json,
+    edits_to_json,
+    history,
+    rewind_edits,
+    skeleton,
+)
+from lightning_compress.quiet import without_observers
 
 __all__ = ["CHECKPOINT_KEY", "load_from_checkpoint", "record_edits", "replay_checkpoint"]
 
@@ -60,15 +69,13 @@ def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) 
         shared = 0
         while shared < min(len(wanted), len(applied)) and wanted[shared] == applied[shared]:
             shared += 1
-        if len(applied) > shared:
-            rewind_edits(network, shared)
-        try:
-            if len(wanted) > shared:
-                apply_edits(network, wanted[shared:])
-        except EditError:
-            # As it was: only shapes are at stake, the weights were to be replaced anyway.
-            apply_edits(network, applied[shared:])
-            raise
+        if shared == len(wanted) == len(applied):
+            continue
+        with without_observers(network):
+            trial = skeleton(network)
+        for structure in (trial, network):  # on the trial first: undoing an edit loses the weights
+            rewind_edits(structure, shared)
+            apply_edits(structure, wanted[shared:])
 
 
 def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwargs: Any) -> _Module:

@@ -16,7 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.capture import Captured, find_network
-from lightning_compress.callbacks.surroundings import check_surroundings, follow, forget_best, replay_on_load
+from lightning_compress.callbacks.surroundings import (
+    check_surroundings,
+    follow,
+    forget_best,
+    replay_on_load,
+    stop_replaying,
+)
 from lightning_compress.callbacks.timing import Milestone, milestones
 from lightning_compress.checkpoints import record_edits
 from lightning_compress.edits import Edit, apply_edits, edits_from_json, edits_to_json
@@ -109,6 +115,10 @@ class CompressionCallback(pl.Callback):
         if stage == "fit":
             check_surroundings(trainer)
         replay_on_load(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it came."""
+        stop_replaying(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Work out when edits are due; refuse a budget that cannot be met."""

@@ -16,7 +16,7 @@ from lightning_compress.checkpoints import replay_checkpoint
 from lightning_compress.edits import Change, Edit, apply_edits
 from lightning_compress.optimizers import follow_edits
 
-__all__ = ["check_surroundings", "follow", "forget_best", "replay_on_load"]
+__all__ = ["check_surroundings", "follow", "forget_best", "replay_on_load", "stop_replaying"]
 
 
 def check_surroundings(trainer: pl.Trainer) -> None:
@@ -45,7 +45,7 @@ def replay_on_load(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     instance. Wrapping twice changes nothing.
     """
     hook = pl_module.on_load_checkpoint
-    if hasattr(hook, "_replays_edits"):
+    if hasattr(hook, "_wrapped_before"):
         return
 
     @wraps(hook)
@@ -54,8 +54,18 @@ def replay_on_load(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             replay_checkpoint(module, checkpoint)
         hook(checkpoint)
 
-    on_load_checkpoint._replays_edits = True  # type: ignore[attr-defined]
+    before = pl_module.__dict__.get("on_load_checkpoint")
+    on_load_checkpoint._wrapped_before = before  # type: ignore[attr-defined]
     pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+
+
+def stop_replaying(pl_module: pl.LightningModule) -> None:
+    """Undo `replay_on_load`: a module with a closure on it could not be pickled."""
+    hook = pl_module.__dict__.get("on_load_checkpoint")
+    if hook is not None and hasattr(hook, "_wrapped_before"):
+        del pl_module.__dict__["on_load_checkpoint"]
+        if hook._wrapped_before is not None:
+            pl_module.__dict__["on_load_checkpoint"] = hook._wrapped_before
 
 
 def follow(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_compress.budget import Budget
 from lightning_compress.callbacks.pruning import ChannelPruning
 from lightning_compress.callbacks.surroundings import check_surroundings
 from lightning_compress.callbacks.timing import milestones
-from lightning_compress.checkpoints import load_from_checkpoint
+from lightning_compress.checkpoints import load_from_checkpoint, replay_checkpoint
 from lightning_compress.edits import EditError, history
 from lightning_compress.footprint import measure
 from lightning_compress.schedule import SCHEDULES
@@ -292,6 +293,27 @@ def test_strategies_that_shard_are_refused() -> None:
 def test_stochastic_weight_averaging_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="use WeightAveraging or EMAWeightAveraging"):
         fit(task("residual"), tmp_path, pruning(), StochasticWeightAveraging(0.01))
+
+
+def test_the_module_can_be_pickled_afterwards(tmp_path: Path) -> None:
+    module = task("residual")
+    fit(module, tmp_path, pruning())
+    assert "on_load_checkpoint" not in vars(module)
+    again = pickle.loads(pickle.dumps(module))
+    assert history(again.net) == history(module.net)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_edits_that_do_not_fit_cost_no_weights(tmp_path: Path) -> None:
+    """Not even where edits of the module's own would have to be undone first."""
+    fit(task("plain"), tmp_path / "a", pruning())
+    checkpoint = torch.load(tmp_path / "a/epoch=4.ckpt", weights_only=True)
+    module = task("residual")
+    fit(module, tmp_path / "b", pruning())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(EditError, match="no such tensor"):
+        replay_checkpoint(module, checkpoint)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
 
 
 def test_a_checkpoint_whose_edits_do_not_fit(tmp_path: Path) -> None:

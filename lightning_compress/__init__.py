@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_compress.artifact import load_compressed, save_compressed
     from lightning_compress.budget import Budget
+    from lightning_compress.callbacks.distillation import Distillation
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.checkpoints import load_from_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "Budget",
     "ChannelPruning",
     "CompressionReport",
+    "Distillation",
     "Footprint",
     "apply_edits",
     "history",
@@ -42,6 +44,7 @@ _HOMES = {
     "Budget": "lightning_compress.budget",
     "ChannelPruning": "lightning_compress.callbacks.pruning",
     "CompressionReport": "lightning_compress.callbacks.report",
+    "Distillation": "lightning_compress.callbacks.distillation",
     "Footprint": "lightning_compress.footprint",
     "apply_edits": "lightning_compress.edits",
     "history": "lightning_compress.edits",

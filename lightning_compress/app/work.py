@@ -9,11 +9,13 @@ from pathlib import Path
 import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import nn
 
 from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
 from lightning_compress.app.dense import dense_task
 from lightning_compress.app.jobs import Job, Metrics, alone, config_digest
 from lightning_compress.app.logger import finish_loggers
+from lightning_compress.app.teachers import TRAINED, trained_teacher
 from lightning_compress.artifact import load_compressed
 
 __all__ = ["run"]
@@ -51,9 +53,16 @@ def _work(config: DictConfig, job: Job) -> Metrics:
         log.info("going on from %s", resume)
 
     # What can be wrong is made first, so that it is heard of before anything is trained.
-    methods = [instantiate(node, _convert_="all") for node in config.recipe.values() if node]
+    nodes = [node for node in config.recipe.values() if node]
+    taught = [node.get("teacher") == TRAINED for node in nodes]
+    methods = [
+        _method(node, nn.Identity() if by_teacher else None) for node, by_teacher in zip(nodes, taught, strict=True)
+    ]
     report = instantiate(config.report, path=str(job.artifact), _convert_="all")
     data = make_data(config)
+    if any(taught):
+        teacher = trained_teacher(config, data)
+        methods = [_method(n, teacher) if by else m for n, m, by in zip(nodes, methods, taught, strict=True)]
     task = dense_task(config, data)
     dense = copy.deepcopy(task)
 
@@ -76,6 +85,12 @@ def _work(config: DictConfig, job: Job) -> Metrics:
             log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
         log.info("results: %s", job.folder)
     return metrics
+
+
+def _method(node: DictConfig, teacher: nn.Module | None) -> L.Callback:
+    given = {} if teacher is None else {"teacher": teacher}
+    callback: L.Callback = instantiate(node, _convert_="all", **given)
+    return callback
 
 
 def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["require_extra", "timm_model", "torchvision_model"]
+__all__ = ["published_model", "require_extra", "timm_model", "torchvision_model"]
 
 
 def timm_model(
@@ -83,6 +83,33 @@ def torchvision_model(
         except OSError as error:
             raise _no_weights("torchvision", name, error) from error
         _load_but_head(network, weights, num_classes)
+    return network
+
+
+def published_model(library: str, name: str) -> nn.Module:
+    """A network with its published weights and its own classes, as a teacher needs it.
+
+    Args:
+        library: "timm" or "torchvision".
+        name: the network's name there.
+
+    Raises:
+        ModuleNotFoundError: the library is not installed.
+        ValueError: it has no network of that name.
+        ConnectionError: the weights could not be downloaded.
+    """
+    models = require_extra("timm" if library == "timm" else "torchvision.models")
+    names = models.list_models() if library == "timm" else models.list_models(models)
+    if not (models.is_model(name) if library == "timm" else name in names):
+        raise _unknown(library, name, names)
+    network: nn.Module
+    try:
+        if library == "timm":
+            network = models.create_model(name, pretrained=True)
+        else:
+            network = models.get_model(name, weights="DEFAULT")
+    except OSError as error:
+        raise _no_weights(library, name, error) from error
     return network
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 from lightning_compress.callbacks.indices import IndexFeed, TrainingFeed, check_repeatable
+from lightning_compress.distill.cache import CacheError, OutputCache
+from lightning_compress.zoo.datamodule import ImageDataModule
 from lightning_compress.zoo.images import EpochShuffle, MemoryImages, Samples
 
 SAMPLES = 22
@@ -319,3 +321,59 @@ def test_few_samples() -> None:
     check_repeatable([])
     with pytest.raises(MisconfigurationException, match="sample 0"):
         check_repeatable(Subset(Made(RANDOM["tensor"]), [0]))
+
+
+class Patterns(ImageDataModule):
+    """Images in memory."""
+
+    title, native_channels, native_classes, native_size = "Patterns", 1, 4, 8
+    mean, std = (0.5,), (0.25,)
+
+    def read(self, split: str) -> MemoryImages | None:
+        images = torch.randint(256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return None if split == "val" else MemoryImages(images, torch.arange(40) % 4)
+
+
+class Caching(Taking):
+    """Keeps the mean of each image that the step gets."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.known = folder, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        dataset: Any = self.feed.loader.dataset
+        check_repeatable(dataset)
+        self.cache = OutputCache(self.folder, len(dataset), "mean")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        indices, mean = self.feed.take(), batch[0].mean((1, 2, 3))
+        known = self.cache.lookup(indices, batch[:1])
+        self.known += known is not None
+        if known is None:
+            self.cache.store(indices, batch[:1], mean)
+        else:
+            assert torch.equal(known, mean)
+
+
+class Images(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0].mean((1, 2, 3))[:, None]).sum()
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_augmentation_of_our_own_data_sets_is_found(tmp_path: Path, augment: bool) -> None:
+    """By the fingerprint, when a sample comes the second time: reading a sample twice does not show it."""
+    caching = Caching(tmp_path)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, enable_checkpointing=False, limit_val_batches=0, callbacks=[caching], **quiet
+    )
+    data = Patterns(tmp_path, batch_size=6, augment=augment)
+    if augment:
+        with pytest.raises(CacheError, match="augmented randomly"):
+            trainer.fit(Images(), data)
+        assert trainer.current_epoch == 1
+    else:
+        trainer.fit(Images(), data)
+        assert caching.known == 6

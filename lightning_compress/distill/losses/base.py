@@ -85,7 +85,8 @@ class DistillationLoss(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The options, as they are given to the constructor."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name))
 
 
 def full_precision(function: Compared[P]) -> Compared[P]:

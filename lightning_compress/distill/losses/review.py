@@ -107,6 +107,7 @@ class ReviewKD(DistillationLoss):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
         """See `reviewkd`."""
+        _check_layers(student, teacher)
         return reviewkd(student, [features.detach() for features in teacher], target)
 
 

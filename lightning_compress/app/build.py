@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from torch import nn
 
-__all__ = ["make_data", "make_net", "make_task", "make_trainer", "newest_checkpoint"]
+__all__ = ["make_data", "make_method", "make_net", "make_task", "make_trainer", "newest_checkpoint"]
 
 
 def make_data(config: DictConfig) -> L.LightningDataModule:
@@ -31,6 +31,13 @@ def make_task(config: DictConfig, net: nn.Module) -> L.LightningModule:
     """The LightningModule of `config.task` around a network."""
     task: L.LightningModule = instantiate(config.task, net=net, _convert_="all")
     return task
+
+
+def make_method(node: DictConfig, teacher: nn.Module | None = None) -> L.Callback:
+    """The callback of a method, with a teacher in place of the one that was to be trained."""
+    given = {} if teacher is None else {"teacher": teacher}
+    callback: L.Callback = instantiate(node, _convert_="all", **given)
+    return callback
 
 
 def make_trainer(config: DictConfig, **changes: Any) -> L.Trainer:

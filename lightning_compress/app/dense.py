@@ -11,12 +11,11 @@ from typing import cast
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_compress import __version__
-from lightning_compress.app.build import make_net, make_task, make_trainer, newest_checkpoint
+from lightning_compress.app.build import make_method, make_net, make_task, make_trainer, newest_checkpoint
 from lightning_compress.app.jobs import alone, config_digest
 from lightning_compress.files import open_atomic
 
@@ -25,7 +24,9 @@ __all__ = ["dense_task", "load_weights"]
 log = logging.getLogger(__name__)
 
 
-def dense_task(config: DictConfig, data: L.LightningDataModule, teacher: nn.Module | None = None) -> L.LightningModule:
+def dense_task(
+    config: DictConfig, data: L.LightningDataModule, teacher: nn.Module | None = None, named: str = "dense.ckpt"
+) -> L.LightningModule:
     """The task with the weights of the dense network: from `dense.ckpt`, from the cache, or trained now.
 
     The cache knows a network by what it is trained with: `arch`, `data`, `seed`, `task` and `trainer` with what `dense`
@@ -36,6 +37,7 @@ def dense_task(config: DictConfig, data: L.LightningDataModule, teacher: nn.Modu
         config: a job's configuration.
         data: what to train on.
         teacher: learn from it by `config.method`; `config.teacher` and the method then count for the cache too.
+        named: what `config.dense.ckpt` is called by the user.
 
     Returns:
         The task as it is to be fine-tuned.
@@ -46,7 +48,7 @@ def dense_task(config: DictConfig, data: L.LightningDataModule, teacher: nn.Modu
     """
     task = make_task(config, make_net(config))
     if config.dense.ckpt is not None:
-        load_weights(task, Path(config.dense.ckpt))
+        load_weights(task, Path(config.dense.ckpt), named)
         return task
     config = _as_trained(config)
     path = _cached(config, taught=teacher is not None)
@@ -54,7 +56,7 @@ def dense_task(config: DictConfig, data: L.LightningDataModule, teacher: nn.Modu
         if path.is_file():
             log.info("dense network: %s", path)
         else:
-            _train(config, data, path, [] if teacher is None else [instantiate(config.method, teacher=teacher)])
+            _train(config, data, path, [] if teacher is None else [make_method(config.method, teacher)])
     load_weights(task, path)
     return task
 

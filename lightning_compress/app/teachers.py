@@ -39,5 +39,5 @@ def trained_teacher(config: DictConfig, data: L.LightningDataModule) -> nn.Modul
     OmegaConf.update(own, "seed", config.seed + 1)
     OmegaConf.update(own, "teacher", above or {"net": None, "ckpt": None}, merge=False)
     teacher = trained_teacher(own, data) if above else None
-    task = dense_task(own, data, teacher)
+    task = dense_task(own, data, teacher, "teacher.ckpt")
     return cast(nn.Module, task.net)

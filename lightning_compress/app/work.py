@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from lightning_compress.app.build import make_data, make_net, make_task, make_trainer, newest_checkpoint
+from lightning_compress.app.build import make_data, make_method, make_net, make_task, make_trainer, newest_checkpoint
 from lightning_compress.app.dense import dense_task
 from lightning_compress.app.jobs import Job, Metrics, alone, config_digest
 from lightning_compress.app.logger import finish_loggers
@@ -56,13 +56,13 @@ def _work(config: DictConfig, job: Job) -> Metrics:
     nodes = [node for node in config.recipe.values() if node]
     taught = [node.get("teacher") == TRAINED for node in nodes]
     methods = [
-        _method(node, nn.Identity() if by_teacher else None) for node, by_teacher in zip(nodes, taught, strict=True)
+        make_method(node, nn.Identity() if by_teacher else None) for node, by_teacher in zip(nodes, taught, strict=True)
     ]
     report = instantiate(config.report, path=str(job.artifact), _convert_="all")
     data = make_data(config)
     if any(taught):
         teacher = trained_teacher(config, data)
-        methods = [_method(n, teacher) if by else m for n, m, by in zip(nodes, methods, taught, strict=True)]
+        methods = [make_method(n, teacher) if by else m for n, m, by in zip(nodes, methods, taught, strict=True)]
     task = dense_task(config, data)
     dense = copy.deepcopy(task)
 
@@ -85,12 +85,6 @@ def _work(config: DictConfig, job: Job) -> Metrics:
             log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
         log.info("results: %s", job.folder)
     return metrics
-
-
-def _method(node: DictConfig, teacher: nn.Module | None) -> L.Callback:
-    given = {} if teacher is None else {"teacher": teacher}
-    callback: L.Callback = instantiate(node, _convert_="all", **given)
-    return callback
 
 
 def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:

@@ -7,43 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.callbacks.indices import IndexFeed, check_repeatable
+from lightning_compress.callbacks.indices import TrainingFeed, check_repeatable
 from lightning_compress.distill.cache import OutputCache, weights_digest
 from lightning_compress.distill.engine import TeacherCall
+from lightning_compress.distill.teachers import FrozenTeacher
 
 __all__ = ["CachedAnswers"]
 
 
 class CachedAnswers:
-    """The outputs of several teachers in a folder.
+    """The outputs of several teachers in a folder. To be made in a callback's `setup`, before there is a DataLoader.
 
     Args:
         folder: where they are kept.
-        trainer: the Trainer, whose training data have been set up.
-        teachers: the networks; a file belongs to one network's weights.
-
-    Raises:
-        MisconfigurationException: the training data give another input each time, or samples have no places.
-        CacheError: the folder holds the outputs of another data set.
+        trainer: the Trainer.
     """
 
-    def __init__(self, folder: str | Path, trainer: pl.Trainer, teachers: Sequence[nn.Module]) -> None:
-        loader: Any = trainer.train_dataloader
-        self._feed = IndexFeed(loader)
-        check_repeatable(loader.dataset)
-        self._caches = [OutputCache(folder, len(loader.dataset), weights_digest(teacher)) for teacher in teachers]
-        self._indices: list[int] = []
+    def __init__(self, folder: str | Path, trainer: pl.Trainer) -> None:
+        self._folder = folder
+        self._feed = TrainingFeed(trainer)
         self._feed.attach()
+        self._caches: list[OutputCache] = []
+        self._indices: list[int] = []
+
+    def open(self, teachers: Sequence[FrozenTeacher], precision: str) -> None:
+        """Open the files, when training starts.
+
+        Args:
+            teachers: the teachers; a file belongs to one network's weights in one precision.
+            precision: of the training step.
+
+        Raises:
+            MisconfigurationException: the training data give another input each time, or samples have no places.
+            CacheError: the folder holds the outputs of another data set.
+        """
+        dataset: Any = self._feed.loader.dataset
+        check_repeatable(dataset)
+        names = [f"{weights_digest(t.network)}-{t.spec.precision or precision}" for t in teachers]
+        self._caches = [OutputCache(self._folder, len(dataset), name) for name in names]
 
     def next_batch(self) -> None:
         """A training batch begins: these are its samples."""
         self._indices = self._feed.take()
 
     def of(self, index: int, teacher: TeacherCall) -> TeacherCall:
-        """A teacher that looks into the cache first."""
+        """A teacher that looks into the cache first, once this is open."""
+        if not self._caches:
+            return teacher
         cache = self._caches[index]
 
         def ask(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -133,6 +133,8 @@ class Distillation(pl.Callback):
                 if teacher.precision is None and isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
                     network = trainer.precision_plugin.convert_module(copy.deepcopy(network))
                 self._frozen.append(FrozenTeacher(network, teacher, self._names))
+        if self.cache is not None:
+            self._answers = CachedAnswers(self.cache, trainer)
         self._wrapping = Wrapping(pl_module)
         self._wrapping.wrap("training_step", self._training_step)
         if not pl_module.automatic_optimization:
@@ -161,8 +163,8 @@ class Distillation(pl.Callback):
         self._prepare(trainer, pl_module)
         if waiting:
             self._dismiss()
-        if self.cache is not None:
-            self._answers = CachedAnswers(self.cache, trainer, [teacher.network for teacher in self._frozen])
+        if self._answers is not None:
+            self._answers.open(self._frozen, str(trainer.precision))
             self._appoint(trainer)
         if self.metrics:
             self._agreement = Agreement(self._student_engine.student, self._frozen, self.target)

@@ -190,7 +190,8 @@ class FrozenTeacher:
         first = next(iter(network.parameters()), None)
         self._home = torch.device("cpu") if first is None else first.device
         network.eval()
-        self._call: Any = torch.compile(network) if spec.compile else network
+        compiled: Any = torch.compile(network) if spec.compile else network
+        self._call: nn.Module = compiled
         self._taps = Taps(self._call, names, "teacher")
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -73,10 +73,10 @@ def task(net: str, **options: Any) -> Task:
     return Task(NETS[net](), **options)
 
 
-def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+def trainer(folder: Path, *callbacks: L.Callback, monitor: str | None = "val_loss", **options: Any) -> L.Trainer:
     """A quiet Trainer that saves a checkpoint after every epoch."""
     settings: dict[str, Any] = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1} | options
-    saving = ModelCheckpoint(folder, "{epoch}", monitor="val_loss", save_top_k=-1, save_last=True)
+    saving = ModelCheckpoint(folder, "{epoch}", monitor=monitor, save_top_k=-1, save_last=True)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(callbacks=[*callbacks, saving], default_root_dir=folder, **(quiet | settings))
 

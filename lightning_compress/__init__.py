@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.checkpoints import load_from_checkpoint
+    from lightning_compress.distill.module import DistillationModule
+    from lightning_compress.distill.mutual import MutualModule
     from lightning_compress.edits import apply_edits, history
     from lightning_compress.footprint import Footprint, measure
     from lightning_compress.methods.pruning import prune_channels
@@ -29,7 +31,9 @@ __all__ = [
     "ChannelPruning",
     "CompressionReport",
     "Distillation",
+    "DistillationModule",
     "Footprint",
+    "MutualModule",
     "apply_edits",
     "history",
     "load_compressed",
@@ -45,7 +49,9 @@ _HOMES = {
     "ChannelPruning": "lightning_compress.callbacks.pruning",
     "CompressionReport": "lightning_compress.callbacks.report",
     "Distillation": "lightning_compress.callbacks.distillation",
+    "DistillationModule": "lightning_compress.distill.module",
     "Footprint": "lightning_compress.footprint",
+    "MutualModule": "lightning_compress.distill.mutual",
     "apply_edits": "lightning_compress.edits",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",

@@ -271,6 +271,13 @@ class Distillation(pl.Callback):
 
     # Checkpoints.
 
+    @property
+    def state_key(self) -> str:
+        """Two callbacks of one run keep their states apart by who teaches whom."""
+        source = self.teachers[0].source
+        kind = source if source in (SELF, EXITS) else "given"
+        return self._generate_state_key(teacher=kind, student=self.student, losses=sorted(self.terms))
+
     def state_dict(self) -> dict[str, Any]:
         """The projectors, and the name of the dense network's file; never the teacher."""
         engine, snapshot = self._engine, self._snapshot

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
@@ -53,6 +54,9 @@ class Taps:
             # A compiled network is called through its wrapper.
             layer = layers[name] if name else network
             self._handles.append(layer.register_forward_hook(_Keep(self, name).keep))
+        if inner is not network and any(self.names):
+            # What was compiled before knows nothing of the hooks, and torch does not guard on them.
+            torch.compiler.reset()
 
     def take(self) -> dict[str, Any]:
         """What was kept since the last time, by name.
@@ -64,8 +68,7 @@ class Taps:
         for name in self.names:
             if name not in kept:
                 raise DistillationError(
-                    f"the {self.who}'s layer {name!r} did not run when the {self.who} was called; in a network "
-                    "compiled before the run, hooks are not seen: compile it in the run, or compare outputs only"
+                    f"the {self.who}'s layer {name!r} did not run when the {self.who} was called: name one that does"
                 )
         return kept
 

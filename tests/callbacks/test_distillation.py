@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,55 @@ def test_an_exit_does_not_teach_the_output(tmp_path: Path) -> None:
     moved = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith(("net.stem", "net.a")) for name in moved)
+
+
+def test_layers_inside_a_compiled_student(tmp_path: Path) -> None:
+    compiled, plain = Student(compile=True), Student()
+    for module in (compiled, plain):
+        run(module, tmp_path / str(module is plain), Distillation(teacher(), PROJECTED))
+    assert difference(compiled, plain) < 1e-4
+
+
+def test_a_compiled_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled, plain = Student(), Student()
+    run(compiled, tmp_path / "compiled", Distillation(Teacher(teacher(), compile=True), PROJECTED))
+    run(plain, tmp_path / "plain", Distillation(teacher(), PROJECTED))
+    assert difference(compiled, plain) < 1e-4
+
+
+def test_one_callback_serves_one_run_after_the_other(tmp_path: Path) -> None:
+    callback, fresh = Distillation(teacher(), PROJECTED), Distillation(teacher(), PROJECTED)
+    first, second, third = Student(), Student(), Student()
+    run(first, tmp_path / "first", callback)
+    run(second, tmp_path / "second", callback)
+    run(third, tmp_path / "third", fresh)
+    assert difference(second, third) == 0.0
+
+
+def test_the_module_itself_is_the_student(tmp_path: Path) -> None:
+    class Whole(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.net(x)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    whole, alone = Whole(), Whole()
+    run(whole, tmp_path / "whole", by_callback())
+    run(alone, tmp_path / "alone")
+    assert difference(whole, alone) > 0
+
+
+def test_a_student_of_which_only_parts_are_called(tmp_path: Path) -> None:
+    class Parts(Student):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            features = self.net.body(batch[0]).flatten(1)
+            return nn.functional.cross_entropy(self.net.head(torch.relu(self.net.hidden(features))), batch[1])
+
+    with pytest.raises(DistillationError, match=r"'net' is not called as a whole .* only its 'body' is"):
+        run(Parts(), tmp_path, by_callback())

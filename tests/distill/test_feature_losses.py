@@ -66,6 +66,14 @@ def test_finite_where_norms_and_distances_vanish(loss: DistillationLoss, dtype: 
                 assert gradient.isfinite().all()
 
 
+def test_pkt_where_a_cosine_rounds_to_less_than_minus_one() -> None:
+    for _ in range(200):
+        one, teacher = torch.randn(1, 200), torch.randn(2, 200)
+        value, gradient = value_and_gradient(PKT(), torch.cat([one, -one]), teacher)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_large_features_of_half_precision(loss: DistillationLoss, dtype: torch.dtype) -> None:

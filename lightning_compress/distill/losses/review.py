@@ -134,7 +134,7 @@ class _Fusions(nn.Module):
         )
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        targets = [_as_map(features.detach()) for features in teacher]
+        targets = [_as_map(features) for features in teacher]
         outputs: list[Tensor] = []
         deeper: Tensor | None = None
         for block, features, wanted in reversed(list(zip(self.blocks, student, targets, strict=True))):

@@ -146,7 +146,9 @@ class Engine:
         for key, (ours, theirs) in shapes.items():
             if key not in self.projectors:
                 self._build(key, ours, theirs, first.device, _weights_dtype(inner, first))
+        self.projectors.eval()  # the trial below must not move their running statistics
         self._try(student, lessons)
+        self.projectors.train()
 
     def records(self) -> dict[str, Any]:
         """The projectors as plain data: what they were made for, and their weights."""

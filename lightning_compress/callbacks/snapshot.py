@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_compress.artifact import load_compressed, save_compressed
+from lightning_compress.callbacks.evaluation import from_rank_zero
 from lightning_compress.distill.cache import weights_digest
 from lightning_compress.edits import rewind_edits, skeleton
 from lightning_compress.quiet import without_observers
@@ -33,8 +34,9 @@ class Snapshot:
 
     @classmethod
     def take(cls, network: nn.Module, trainer: pl.Trainer) -> Snapshot:
-        """Copy a network as it is now; its file will be beside the run's checkpoints."""
+        """Copy a network as it is now, on every rank as on the first; its file will be beside the run's checkpoints."""
         copy = _copy(network)
+        from_rank_zero(trainer, copy)
         return cls(copy, f"teacher-{weights_digest(copy)}.safetensors", [str(_folder(trainer))])
 
     @classmethod

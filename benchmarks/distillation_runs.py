@@ -89,7 +89,7 @@ QUICK = {
         epochs=12,
         lr=0.1,
         image_size=16,
-        hint_weight=10.0,  # with 100, runs as short as these end below the student alone, or do not learn
+        hint_weight=10.0,  # with 100, some runs as short as these do not learn
         augment=False,
     ),
     "mobilenet": Recipe(
@@ -99,7 +99,7 @@ QUICK = {
         teacher_epochs=10,
         epochs=8,
         image_size=16,
-        hint_weight=10.0,  # with 100, runs as short as these end below the student alone, or do not learn
+        hint_weight=10.0,  # with 100, some runs as short as these do not learn
         augment=False,
     ),
 }

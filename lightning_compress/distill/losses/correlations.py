@@ -119,7 +119,7 @@ class DIST(DistillationLoss):
         beta: factor on the correlation over the classes (inter-class).
         gamma: factor on the correlation over the batch (intra-class).
         temperature: divides the logits; the loss is multiplied by its square.
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693).
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427).
 
     Raises:
         ValueError: an option out of range.
@@ -163,7 +163,7 @@ class MLKD(DistillationLoss):
 
     Args:
         temperatures: what the logits are divided by; one term for each.
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693); in the instance
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427); in the instance
             term only, as released with that paper.
 
     Raises:

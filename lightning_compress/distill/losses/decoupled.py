@@ -137,7 +137,7 @@ class DKD(DistillationLoss):
         beta: factor on the divergence among the other classes (NCKD). The paper takes 1 to 10: the surer the teacher,
             the more.
         temperature: divides the logits; the loss is multiplied by its square.
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693).
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427).
 
     Raises:
         ValueError: an option out of range.
@@ -182,7 +182,7 @@ class NKD(DistillationLoss):
     Args:
         gamma: factor on the other classes.
         temperature: divides the logits of the other classes; their term is multiplied by its square.
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693).
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427).
 
     Raises:
         ValueError: an option out of range.

@@ -22,7 +22,7 @@ _EPS = 1e-7
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Each sample's logits as z-scores (Sun et al. 2024, arXiv 2403.01693).
+    """Each sample's logits as z-scores (Sun et al. 2024, arXiv 2403.01427).
 
     Student and teacher need no longer agree in scale and shift, only in the relations between classes. The paper
     divides by a base temperature after it: this is the `temperature` of the loss.
@@ -129,7 +129,7 @@ class KD(DistillationLoss):
 
     Args:
         temperature: divides the logits; the loss is multiplied by its square, so that its gradient keeps its size.
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693).
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427).
 
     Raises:
         ValueError: an option out of range.
@@ -159,7 +159,7 @@ class LogitMSE(DistillationLoss):
     Twice what KD becomes at a high temperature, for logits of zero mean.
 
     Args:
-        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01693).
+        standardize: take z-scores of both sides' logits first (Sun et al. 2024, arXiv 2403.01427).
 
     Raises:
         ValueError: an option out of range.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +30,7 @@ __all__ = ["compare", "print_overhead"]
 ACCEPTED = 1.02
 PAIR = "resnet"
 NONE, BY_HAND, CALLBACK, FORWARD = "no distillation", "by hand", "the callback", "the teacher's forward alone"
+UNITS = {"wall_seconds": "wall", "cpu_seconds": "CPU"}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -54,19 +54,6 @@ class ByHand(ImageClassifier):
         for name, value in {"train/loss": loss, "distill/task": task, "distill/kd": kd}.items():
             self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Medians over the blocks.
-
-    Attributes:
-        wall_seconds: of a step.
-        cpu_seconds: of a step, which other work on the machine disturbs less.
-    """
-
-    wall_seconds: float
-    cpu_seconds: float
 
 
 def _fit(side: str, teacher: nn.Module, steps: int, batch: Batch) -> list[tuple[float, float]]:
@@ -103,7 +90,7 @@ def _forward(teacher: nn.Module, steps: int, batch: Batch) -> list[tuple[float, 
     return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks[WARM_UP:])]
 
 
-def compare(repeats: int, steps: int, size: int, batch_size: int = 128) -> dict[str, Any]:
+def compare(repeats: int, steps: int, size: int, batch_size: int = 128) -> list[dict[str, Any]]:
     """All sides in turns; which comes first alternates.
 
     Args:
@@ -113,7 +100,7 @@ def compare(repeats: int, steps: int, size: int, batch_size: int = 128) -> dict[
         batch_size: images in a batch.
 
     Returns:
-        Plain data: what each side costs, and the two ratios of wall and processor time (quartiles).
+        A row for each side: medians of a step's wall and processor time, one for each block.
     """
     generator = torch.Generator().manual_seed(0)
     batch = (
@@ -130,39 +117,45 @@ def compare(repeats: int, steps: int, size: int, batch_size: int = 128) -> dict[
             block = _forward(teacher, steps, batch) if side == FORWARD else _fit(side, teacher, steps, batch)
             times[side].wall.append(statistics.median(wall for wall, _ in block))
             times[side].cpu.append(statistics.median(cpu for _, cpu in block))
-    found: dict[str, Any] = {
-        "what": f"{PAIRS[PAIR].title}, batch {batch_size} of 3×{size}×{size}, {repeats} blocks of {steps} steps, "
-        f"{torch.get_num_threads()} thread(s) of the CPU",
-        "sides": {side: asdict(Cost(statistics.median(t.wall), statistics.median(t.cpu))) for side, t in times.items()},
-    }
-    for unit in ("wall", "cpu"):
-        none, hand, callback, forward = (getattr(t, unit) for t in times.values())
-        more = zip(callback, none, forward, strict=True)
-        found[f"{unit}_to_by_hand"] = _quartiles([a / b for a, b in zip(callback, hand, strict=True)])
-        found[f"{unit}_more_in_forwards"] = _quartiles([(a - b) / c for a, b, c in more])
-    return found
+    case = (
+        f"{PAIRS[PAIR].title}, batch {batch_size} of 3×{size}×{size}, {repeats} blocks of {steps} steps, "
+        f"{torch.get_num_threads()} thread(s) of the CPU"
+    )
+    return [
+        {"case": case, "side": side, "metrics": {"wall_seconds": t.wall, "cpu_seconds": t.cpu}}
+        for side, t in times.items()
+    ]
 
 
-def print_overhead(found: dict[str, Any], console: Console) -> None:
+def print_overhead(rows: list[dict[str, Any]], console: Console) -> None:
     """The table, and whether the ratios are what is accepted."""
-    console.print(found["what"], highlight=False)
+    found = {row["side"]: row["metrics"] for row in rows}
+    console.print(f"**Overhead.** {rows[0]['case']}.")
     table = Table(box=box.MARKDOWN)
     for column in ("side", "wall ms", "CPU ms"):
-        table.add_column(column, justify="left" if column == "side" else "right")
-    for side, cost in found["sides"].items():
-        table.add_row(side, f"{cost['wall_seconds'] * 1e3:.1f}", f"{cost['cpu_seconds'] * 1e3:.1f}")
+        table.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
+    for side, metrics in found.items():
+        table.add_row(side, *(f"{statistics.median(metrics[unit]) * 1e3:.1f}" for unit in UNITS))
     console.print(table)
-    ratio = found["cpu_to_by_hand"][1]
-    for what, key, accepted in (
-        ("the callback's step to that by hand", "to_by_hand", f"accepted: {ACCEPTED}"),
-        ("what the callback adds to a step, in forward passes of the teacher", "more_in_forwards", "accepted: 1"),
+    to_hand: dict[str, tuple[float, float, float]] = {}
+    in_forwards: dict[str, tuple[float, float, float]] = {}
+    for unit in UNITS:
+        none, hand, callback, forward = (found[side][unit] for side in (NONE, BY_HAND, CALLBACK, FORWARD))
+        to_hand[unit] = _quartiles([a / b for a, b in zip(callback, hand, strict=True)])
+        more = zip(callback, none, forward, strict=True)
+        in_forwards[unit] = _quartiles([(a - b) / c for a, b, c in more])
+    for what, ratios, accepted in (
+        ("The callback's step to that by hand", to_hand, ACCEPTED),
+        ("What the callback adds to a step, in forward passes of the teacher", in_forwards, 1),
     ):
-        low, middle, high = found[f"cpu_{key}"]
-        console.print(
-            f"{what}: {middle:.3f} of CPU time (quartiles {low:.3f} to {high:.3f}; {accepted})", highlight=False
+        figures = (
+            f"{name} {ratios[unit][1]:.3f} (quartiles {ratios[unit][0]:.3f} to {ratios[unit][2]:.3f})"
+            for unit, name in UNITS.items()
         )
-    console.print("passed" if ratio <= ACCEPTED else "MISSED")
+        console.print(f"- {what}: {', '.join(figures)}; accepted: {accepted}")
+    console.print(f"- CPU time by hand: {'passed' if to_hand['cpu_seconds'][1] <= ACCEPTED else 'MISSED'}")
 
 
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high

@@ -30,6 +30,7 @@ __all__ = [
     "PAIRS",
     "PLAIN",
     "SIDES",
+    "USUAL",
     "Pair",
     "Side",
     "missing_peers",
@@ -77,11 +78,13 @@ class Side:
             teacher.
         layers: whether it looks inside the networks, so that outputs kept of the teacher are not enough.
         peer: the package whose loss it is; None: ours.
+        asked: run only where it is asked for by name.
     """
 
     options: Callable[[Pair], dict[str, Any]] | None
     layers: bool = False
     peer: str | None = None
+    asked: bool = False
 
 
 class TorchdistillLoss(nn.Module):
@@ -175,11 +178,12 @@ SIDES = {
     "DIST": Side(_dist),
     "FitNet + KD": Side(_fitnet, layers=True),
     "torchdistill KDLoss": Side(_torchdistill_kd, peer="torchdistill"),
-    "torchdistill LogitStdKDLoss": Side(_torchdistill_standardized, peer="torchdistill"),
-    "torchdistill DISTLoss": Side(_torchdistill_dist, peer="torchdistill"),
+    "torchdistill LogitStdKDLoss": Side(_torchdistill_standardized, peer="torchdistill", asked=True),
+    "torchdistill DISTLoss": Side(_torchdistill_dist, peer="torchdistill", asked=True),
     "fasterai SoftTarget": Side(_fasterai_kd, peer="fasterai"),
-    "fasterai DecoupledKD": Side(_fasterai_dkd, peer="fasterai"),
+    "fasterai DecoupledKD": Side(_fasterai_dkd, peer="fasterai", asked=True),
 }
+USUAL = [name for name, side in SIDES.items() if not side.asked]
 
 
 def missing_peers() -> list[str]:

@@ -276,7 +276,7 @@ def test_misfit_shapes_by_name() -> None:
         AT()(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"FitNet needs features of one shape.*\(2, 3, 4, 4\).*\(2, 5, 4, 4\)"):
         FitNet()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4))
-    with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(2, 5, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"no projector can join student \(2, 3\) and teacher \(2, 5, 4, 4\)"):
         FitNet().projector(Size([2, 3]), Size([2, 5, 4, 4]))
     with pytest.raises(ValueError, match=r"1 to 3 spatial dims"):
         FitNet()(torch.zeros(2, 3, 2, 2, 2, 2), torch.zeros(2, 3, 1, 1, 1, 1))

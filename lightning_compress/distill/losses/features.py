@@ -114,8 +114,8 @@ class FitNet(DistillationLoss):
         """The layer from the student's channels to the teacher's; None where they are the same."""
         if len(student) != len(teacher) or not 2 <= len(student) <= 5:
             raise ValueError(
-                "FitNet joins features [N, C] or [N, C, ...] with 1 to 3 spatial dims and as many on both sides, got "
-                f"student {tuple(student)} and teacher {tuple(teacher)}: name other layers"
+                f"no projector can join student {tuple(student)} and teacher {tuple(teacher)}: FitNet takes features "
+                "[N, C] or [N, C, ...] with 1 to 3 spatial dims, and as many dims on both sides; name other layers"
             )
         return None if student[1] == teacher[1] else _Regressor(len(student), student[1], teacher[1])
 

@@ -141,8 +141,8 @@ class OutputCache:
             outputs: what it returned, [N, ...]. The first call decides on shape and dtype.
 
         Raises:
-            CacheError: shape or dtype are not those of the file; a sample that is there had another input; the disk
-                is full.
+            CacheError: shape or dtype are not those of the file; a sample that is there had another input; an input
+                is not finite; the disk is full.
             IndexError: an index is not one of the data set.
         """
         places = self._places(indices, inputs)
@@ -163,6 +163,12 @@ class OutputCache:
         prints, records = fingerprint(inputs), self._records[places]
         present = _present(self._rows[places], records)
         self._compare(places, present, records["print"], prints)
+        unknown = places[~np.isfinite(prints).all((1, 2))]
+        if len(unknown):
+            raise CacheError(
+                f"sample {unknown[0]}'s input is not finite, so it cannot be told from others: outputs are cached for "
+                "finite inputs only; correct the sample, or use cache=None"
+            )
         rows = raw_bytes(outputs.reshape(len(places), -1))
         new = ~present
         self._write(places[new], rows[new], prints[new])

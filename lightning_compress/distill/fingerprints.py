@@ -86,13 +86,17 @@ def differ(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32]) -> npt.ND
         [False, True]
     """
     distance = np.sqrt(np.square(old[..., :-1].astype(np.float64) - new[..., :-1]).mean(-1))
-    same: npt.NDArray[np.bool_] = (distance <= np.maximum(old[..., -1], new[..., -1])).all(1)
+    near = distance <= np.maximum(old[..., -1], new[..., -1])
+    # An infinite input is infinitely far from every other, and allows for infinite rounding.
+    same: npt.NDArray[np.bool_] = (near & np.isfinite(distance)).all(1)
     return ~same
 
 
 def _project(x: Tensor) -> Tensor:
     if x.device.type == "mps":  # has no float64
         x = x.cpu()
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
     flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     count, size = flat.shape
     blocks = max(1, math.ceil(size / _BLOCK))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from lightning_compress.distill.cache import CacheError, OutputCache
 from lightning_compress.zoo.datamodule import ImageDataModule
 from lightning_compress.zoo.images import EpochShuffle, MemoryImages, Samples
 
+ROOT = Path(__file__).parents[2]
 SAMPLES = 22
 DATA = torch.arange(float(SAMPLES))[:, None]
 
@@ -144,6 +149,20 @@ def test_distributed_sampler_gives_places_in_the_whole_data_set() -> None:
         for batch in loader:
             assert feed.take() == batch[:, 0].int().tolist()
     feed.detach()
+
+
+def test_two_processes_of_a_trainer(tmp_path: Path) -> None:
+    """Lightning puts a DistributedSampler into the loader, after the user made it."""
+    command = [sys.executable, "-m", "tests.callbacks.test_indices", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["taken"] == rank["seen"]
+    for epoch in range(3):  # three batches each
+        batches = [batch for rank in ranks for batch in rank["seen"][3 * epoch : 3 * epoch + 3]]
+        assert sorted(index for batch in batches for index in batch) == list(range(SAMPLES))
 
 
 def test_indices_are_of_the_data_set_that_the_loader_holds(tmp_path: Path) -> None:
@@ -377,3 +396,14 @@ def test_augmentation_of_our_own_data_sets_is_found(tmp_path: Path, augment: boo
     else:
         trainer.fit(Images(), data)
         assert caching.known == 6
+
+
+def main(folder: Path) -> None:
+    taking = Taking()
+    seen = fit(folder, DataLoader(Plain(), 4, shuffle=True), taking, devices=2, strategy="ddp")
+    rank = os.environ.get("LOCAL_RANK", "0")
+    (folder / f"rank{rank}.json").write_text(json.dumps({"taken": taking.taken, "seen": seen}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

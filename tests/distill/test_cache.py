@@ -104,7 +104,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "neighbour": lambda x: x.roll(1, 0),
     "size": lambda x: x[..., :12],
     "nan": lambda x: x * torch.nan,
-    "infinite": lambda x: torch.where(torch.arange(16) == 3, torch.inf, x.roll(1, 0)),
+    "one infinite pixel": lambda x: x.masked_fill(torch.arange(3 * 16 * 16).view(3, 16, 16) == 3, torch.inf),
 }
 
 

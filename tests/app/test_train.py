@@ -156,7 +156,7 @@ def test_what_determines_the_dense_network_makes_another(
 ) -> None:
     asked: list[Path] = []
 
-    def note(config: DictConfig, data: Any, path: Path) -> None:
+    def note(config: DictConfig, data: Any, path: Path, callbacks: Any) -> None:
         asked.append(path)
         raise InterruptedError
 

@@ -1,4 +1,4 @@
-"""Optimizers that go on after an edit: state of the old shape is cut like the tensor it belongs to."""
+"""Optimizers that go on after an edit: state is cut like its tensor, and new parameters stand where old ones stood."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress.edits import Change
+from lightning_compress.edits import Change, Replacement
 
 __all__ = ["follow_edits"]
 
 
-def follow_edits(optimizer: Optimizer, changes: Sequence[Change]) -> None:
-    """Cut an optimizer's state (momenta, second moments, ...) as the parameters were cut.
+def follow_edits(optimizer: Optimizer, changes: Sequence[Change | Replacement]) -> None:
+    """Bring an optimizer to what a network has become; groups, learning rates and schedules stay.
 
-    Edits swap the data of the parameters, so `param_groups`, and with them learning rates and schedules, need no
-    change. State tensors of the parameter's old shape are cut; scalars (step counts) stay. State of any other shape
-    (factored moments) cannot follow: it is dropped for that parameter, with a warning.
+    A parameter that was cut is the same object as before. Its state tensors (momenta, second moments, ...) of the old
+    shape are cut as it was; scalars (step counts) stay. State of any other shape (factored moments) cannot follow: it
+    is dropped for that parameter, with a warning. Parameters that took the place of others take their place in the
+    groups too, and start without state.
 
     Args:
         optimizer: the optimizer.
@@ -36,6 +37,9 @@ def follow_edits(optimizer: Optimizer, changes: Sequence[Change]) -> None:
         torch.Size([2, 2])
     """
     for change in changes:
+        if isinstance(change, Replacement):
+            _replace(optimizer, change)
+            continue
         state = optimizer.state.get(change.tensor)
         if not state:
             continue
@@ -55,3 +59,15 @@ def follow_edits(optimizer: Optimizer, changes: Sequence[Change]) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == change.old_shape and value.dim() > 0:
                 state[name] = change.slice(value)
+
+
+def _replace(optimizer: Optimizer, change: Replacement) -> None:
+    for group in optimizer.param_groups:
+        params = group["params"]
+        places = [place for place, parameter in enumerate(params) if any(parameter is old for old in change.old)]
+        if places:  # in the module's order, which is what a resumed run builds its groups in
+            params[places[0] : places[0] + 1] = list(change.new)
+            for place in reversed(places[1:]):
+                del params[place + len(change.new) - 1]
+    for old in change.old:
+        optimizer.state.pop(old, None)

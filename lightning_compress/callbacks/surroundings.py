@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.checkpoints import replay_checkpoint
-from lightning_compress.edits import Change, Edit, apply_edits
+from lightning_compress.edits import Change, Edit, Replacement, apply_edits
 from lightning_compress.optimizers import follow_edits
 
 __all__ = ["check_surroundings", "follow", "forget_best", "replay_on_load", "stop_replaying"]
@@ -69,9 +69,13 @@ def stop_replaying(pl_module: pl.LightningModule) -> None:
 
 
 def follow(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, path: str, edits: Sequence[Edit], changes: Sequence[Change]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    path: str,
+    edits: Sequence[Edit],
+    changes: Sequence[Change | Replacement],
 ) -> None:
-    """After an edit: cut the optimizers' state, start averages anew from the edited network, wrap DDP again."""
+    """After an edit: bring the optimizers along, start averages anew from the edited network, wrap DDP again."""
     for optimizer in trainer.optimizers:
         follow_edits(optimizer, changes)
     for callback in _callbacks(trainer):

@@ -15,11 +15,11 @@ from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
 from lightning_compress.edits import Edit, history, rewind_edits
-from lightning_compress.methods.calibration import Refit
 from lightning_compress.methods.choosing import Selection, costs
 from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.pruning import plan_channels
+from lightning_compress.methods.refit import Refit
 from lightning_compress.quiet import without_observers
 
 __all__ = ["ChannelPruning"]

@@ -1,238 +1,339 @@
-"""Calibration: what remains takes over what was cut, from a few hundred unlabelled inputs and no training.
+"""Calibration: what a network's layers see and give on a few hundred unlabelled inputs.
 
-Two closed forms. *Refit*: a consumer of cut channels saw x; it now sees the survivors x_k. The cut ones are predicted
-from the survivors by least squares, x_r = A x_k, and folded into the consumer's weight, W_k + W_r A, so that its output
-changes as little as linear algebra allows on the data (ThiNet, Luo et al. 2017, arXiv 1707.06342, solves the like for
-one layer at a time). *Re-estimation*: BatchNorm statistics of the network that is left.
+The layers that may be replaced, in the order that data reaches them, and runs of the network that feed each layer's
+inputs and outputs to whoever sums them up. Runs stop at the last layer that is asked for, and keep no activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from lightning_compress.calls import Call, run_calls
-from lightning_compress.coupling import Coupling, Mask
-from lightning_compress.coupling.labels import Vector
-from lightning_compress.quiet import evaluating, undisturbed
+from lightning_compress.calls import Call, resize_batch
+from lightning_compress.edits import Spec, describe
+from lightning_compress.layers import Chain
+from lightning_compress.methods.approximation import Form
+from lightning_compress.methods.geometry import Geometry, weight_of
+from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["Refit", "reestimate_batchnorm"]
+__all__ = ["Layer", "Layers", "compare_outputs", "find_layers", "visit"]
 
-MAX_CHANNELS = 4096
-"""Consumers with more inputs (a flattened image) are not refitted: the solve would cost more than it gives."""
-
-RIDGE = 1e-3
-"""Tikhonov term, relative to the mean variance of the survivors."""
-
-
-@dataclass
-class _Moments:
-    """Running first and second moments of a layer's input channels, in groups: (groups, channels of a group, ...)."""
-
-    groups: int
-    count: int = 0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        """Add inputs, (channels, samples)."""
-        rows = x.double().view(self.groups, -1, x.shape[1])
-        self.first = self.first + rows.sum(2)
-        self.second = self.second + rows @ rows.transpose(1, 2)
-        self.count += x.shape[1]
-
-    def predict(self, group: int, living: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-        """The least-squares A and b of x_gone = A x_living + b; b is zero unless `centred`."""
-        assert isinstance(self.first, Tensor)
-        assert isinstance(self.second, Tensor)
-        mean = self.first[group] / self.count
-        moment = self.second[group] / self.count
-        if centred:
-            moment = moment - mean.outer(mean)
-        inner = moment[living][:, living]
-        ridge = RIDGE * inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        a = torch.linalg.solve(inner, moment[living][:, ~living]).T
-        offset = mean[~living] - a @ mean[living]
-        return a, offset if centred else torch.zeros_like(offset)
+MAX_PATCH = 4608
+"""Rows of a patch above which its second moments would cost more than they give: 512 channels, 3 x 3."""
 
 
-class Refit:
-    """Least-squares refit of the layers that consume what is cut.
+@dataclass(frozen=True)
+class Layer:
+    """A layer that may be replaced.
 
-    Construct it before the edit (it runs the network and solves), apply it after. Convolutions, transposed and grouped
-    ones too, and linear layers that own their weight; the channels of a convolution are predicted pixel by pixel.
-
-    Example:
-        >>> from lightning_compress.calls import as_calls
-        >>> from lightning_compress.coupling import trace_coupling
-        >>> from lightning_compress.edits import apply_edits
-        >>> net = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(2, 3))
-        >>> _ = net[0].weight.data[1].copy_(2 * net[0].weight.data[0])  # the second channel is twice the first
-        >>> x = torch.randn(64, 4)
-        >>> before = net(x)
-        >>> coupling = trace_coupling(net, x)
-        >>> cut = coupling.nothing_cut()
-        >>> cut[coupling.groups[0].classes[0]] = True
-        >>> refit = Refit(net, coupling, cut, as_calls(x))
-        >>> _ = apply_edits(net, [coupling.keep_edit(cut)])
-        >>> refit.apply()
-        >>> torch.allclose(net(x), before, atol=0.05)
-        True
+    Attributes:
+        path: its dotted name.
+        geometry: what it does, as one layer; for a chain that replaced a layer, that of the layer.
+        weight: the weight that it amounts to, canonical, in double precision.
+        bias: what it adds, [outputs]; None: nothing.
+        spec: what is there now.
+        places: for each of its calls on one sample, how many inputs it gets and their sides.
+        norm: name of the BatchNorm that its outputs, and no others, go to.
+        informed: whether moments of its inputs may be taken; else only its weight is known.
     """
 
-    def __init__(self, model: nn.Module, coupling: Coupling, cut: Mask, calls: Sequence[Call]) -> None:
-        """Gather the moments of every consumer's input and solve for its new weight.
+    path: str
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    spec: Spec
+    places: tuple[tuple[int, tuple[int, ...]], ...]
+    norm: str | None = None
+    informed: bool = True
 
-        Args:
-            model: the network, before the edit.
-            coupling: its coupling.
-            cut: the classes that will go.
-            calls: calibration data.
-        """
-        self.model, self.calls = model, calls
-        consumers = list(_consumers(model, coupling, cut))
-        handles = [consumer.module.register_forward_pre_hook(consumer.gather) for consumer in consumers]
-        try:
-            with undisturbed(model):
-                run_calls(model, calls)
-        finally:
-            for handle in handles:
-                handle.remove()
-        with torch.no_grad():
-            self._new = [(consumer.module, *consumer.solve()) for consumer in consumers if consumer.moments.count]
-
-    def apply(self) -> None:
-        """Set the new weights and re-estimate BatchNorm; the edit must have been applied."""
-        with torch.no_grad():
-            for module, weight, bias in self._new:
-                module.weight.copy_(weight)
-                if bias is not None:
-                    module.bias.copy_(bias)  # type: ignore[union-attr]
-        reestimate_batchnorm(self.model, self.calls)
+    @property
+    def centred(self) -> bool:
+        """Whether a constant takes up the mean of its outputs."""
+        return self.geometry.bias or self.norm is not None
 
 
-@dataclass
-class _Consumer:
-    """A layer that loses input channels."""
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a network.
 
-    module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-    moments: _Moments
-    living: Tensor
-    """(groups, channels of a group): which inputs stay."""
-    produced: Tensor
-    """Which indices of the weight's output dim stay."""
-    normed: bool
-    """A norm with re-estimated statistics follows, which takes over any change of the mean."""
+    Attributes:
+        found: those that may be replaced, in the order that data reaches them.
+        left: path -> why not, for the others that have weights of the kind.
+        hits: for each call, path -> how often the layer runs in it.
+    """
 
-    def gather(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook."""
-        x = args[0].detach()
-        if isinstance(self.module, nn.Linear):
-            self.moments.add(x.reshape(-1, x.shape[-1]).T)
-        else:
-            x = x if x.dim() == self.module.weight.dim() else x.unsqueeze(0)
-            self.moments.add(x.transpose(0, 1).flatten(1))
-
-    def solve(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias after the edit."""
-        weight, bias = self.module.weight.detach().double(), self.module.bias
-        transposed = getattr(self.module, "transposed", False)
-        groups = len(self.living)
-        # As (groups, outputs of a group, inputs of a group, kernel), whichever way the weight is laid out.
-        blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        blocks = blocks.transpose(1, 2) if transposed else blocks
-        new, shift = [], []
-        for group, living in enumerate(self.living):
-            a, offset = self.moments.predict(group, living, self.normed or bias is not None)
-            gone = blocks[group][:, ~living]
-            new.append(blocks[group][:, living] + torch.einsum("ork,rl->olk", gone, a))
-            shift.append(torch.einsum("ork,r->o", gone, offset))
-        result = torch.stack(new)
-        result = result.transpose(1, 2) if transposed else result
-        result = result.flatten(0, 1).reshape(-1, result.shape[2], *weight.shape[2:])
-        result = result.index_select(1 if transposed else 0, self.produced)
-        if bias is None:
-            return result.to(self.module.weight.dtype), None
-        kept = self.produced
-        if transposed:  # the outputs of every group lose the same positions
-            per_group = weight.shape[1]
-            kept = (torch.arange(groups, device=kept.device)[:, None] * per_group + kept).flatten()
-        moved = bias.detach().double() + torch.cat(shift)
-        return result.to(self.module.weight.dtype), moved.index_select(0, kept).to(bias.dtype)
+    found: tuple[Layer, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+    hits: tuple[Mapping[str, int], ...] = ()
 
 
-def _consumers(model: nn.Module, coupling: Coupling, cut: Mask) -> Iterator[_Consumer]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            continue
-        weight, name = module._parameters.get("weight"), f"{path}.weight".lstrip(".")
-        if weight is None or names[id(weight)] != [name]:  # parametrised, or tied: other uses would not agree
-            continue
-        transposed, groups = bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
-        inner, outer = (0, 1) if transposed else (1, 0)
-        classes = coupling.locations.get((name, inner))
-        per_group = weight.shape[inner] // groups if transposed else weight.shape[inner]
-        if classes is None or not cut[classes].any() or not 1 < per_group * groups <= MAX_CHANNELS or per_group == 1:
-            continue
-        living = torch.from_numpy(~cut[classes]).to(weight.device).view(groups if transposed else 1, -1)
-        made = coupling.locations.get((name, outer), np.empty(0, np.int64))
-        produced = np.flatnonzero(~cut[made]) if len(made) else np.arange(weight.shape[outer])
-        yield _Consumer(
-            module,  # type: ignore[arg-type]
-            _Moments(groups),
-            living.expand(groups, -1),
-            torch.from_numpy(produced).to(weight.device),
-            _is_normed(coupling, made),
-        )
-
-
-def _is_normed(coupling: Coupling, produced: Vector) -> bool:
-    statistics = (classes for (name, _), classes in coupling.locations.items() if name.endswith("running_mean"))
-    return any(np.isin(produced, classes).any() for classes in statistics)
-
-
-def reestimate_batchnorm(model: nn.Module, calls: Sequence[Call]) -> None:
-    """Replace BatchNorm's running statistics by averages over `calls`; everything else stays in evaluation mode.
+def find_layers(model: nn.Module, calls: Sequence[Call], forms: Mapping[str, Form]) -> Layers:
+    """The plain layers of a network, and the chains that replaced some.
 
     Args:
         model: the network.
-        calls: calibration data; each call is one batch of the average.
-
-    Example:
-        >>> from lightning_compress.calls import as_calls
-        >>> net = nn.BatchNorm1d(1)
-        >>> reestimate_batchnorm(net, as_calls(torch.full((8, 1), 3.0)))
-        >>> net.running_mean
-        tensor([3.])
+        calls: how it is called, once.
+        forms: name -> form, of the chains that may be written anew.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    with evaluating(model), _cumulative(norms):
-        run_calls(model, calls)
+    kinds = _kinds(model, forms)
+    with without_observers(model), undisturbed(model):
+        trace = _Trace(model, kinds)
+        trace.run(resize_batch(calls, 1))
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)].add(id(module))
+    found, left = [], {}
+    for path in [*dict.fromkeys(trace.order), *(path for path in kinds if path not in trace.order)]:
+        module, kind = model.get_submodule(path), kinds[path]
+        reason = _reason(path, module, kind, trace, owners)
+        if reason is not None:
+            left[path] = reason
+            continue
+        assert not isinstance(kind, str)
+        geometry, weight = kind
+        informed = geometry.matrix[2] <= MAX_PATCH
+        spec = describe(module)
+        assert spec is not None
+        added = (module[-1] if isinstance(module, Chain) else module)._parameters.get("bias")
+        bias = None if added is None else added.detach()
+        found.append(Layer(path, geometry, weight, bias, spec, tuple(trace.places[path]), trace.norm(path), informed))
+    return Layers(tuple(found), left, tuple(trace.hits))
+
+
+def _kinds(model: nn.Module, forms: Mapping[str, Form]) -> dict[str, tuple[Geometry, Tensor] | str]:
+    """Path -> geometry and weight, or why a layer with a weight of the kind has none."""
+    kinds: dict[str, tuple[Geometry, Tensor] | str] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{other}.") for other in kinds):
+            continue  # a part of a chain
+        if isinstance(module, Chain):
+            form = forms.get(module.form)
+            parts = [Geometry.of(part) for part in module]
+            if form is None or not all(parts):
+                kinds[path] = f"is {module.form or 'a chain'} already"
+            else:
+                kinds[path] = _amounts_to(form, module)
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            geometry = Geometry.of(module)
+            if geometry is None or "weight" not in module._parameters:
+                kinds[path] = f"is a {type(module).__name__}, no plain layer of torch"
+            else:
+                kinds[path] = geometry, geometry.canonical(weight_of(module).detach().double())
+    return kinds
+
+
+def _amounts_to(form: Form, chain: Chain) -> tuple[Geometry, Tensor]:
+    """The one layer that a chain does the work of."""
+    parts = [geometry for geometry in map(Geometry.of, chain) if geometry is not None]
+    first, last = parts[0], parts[-1]
+    sides = range(len(first.kernel))
+    same = next((part.padding for part in parts if isinstance(part.padding, str)), None)
+    geometry = Geometry(
+        first.inputs,
+        last.outputs,
+        tuple(max(part.kernel[axis] for part in parts) for axis in sides),
+        tuple(max(part.stride[axis] for part in parts) for axis in sides),
+        same or tuple(max(int(part.padding[axis]) for part in parts) for axis in sides),
+        tuple(max(part.dilation[axis] for part in parts) for axis in sides),
+        tuple(max(part.output_padding[axis] for part in parts) for axis in sides) if first.output_padding else (),
+        last.groups,
+        any(part.transposed for part in parts),
+        next((part.padding_mode for part in parts if part.padding_mode != "zeros"), "zeros"),
+        last.bias,
+    )
+    pairs = zip(chain, parts, strict=True)
+    factors = tuple(part.canonical(weight_of(layer).detach().double()) for layer, part in pairs)
+    return geometry, form.compose(geometry, factors)
+
+
+def _reason(
+    path: str, module: nn.Module, kind: tuple[Geometry, Tensor] | str, trace: _Trace, owners: Mapping[int, set[int]]
+) -> str | None:
+    if isinstance(kind, str):
+        return kind
+    if not path:
+        return "is the network itself"
+    if path not in trace.places:
+        return "is not called on the data"
+    parameters = list(module.parameters())
+    if any(len(owners[id(parameter)]) > 1 for parameter in parameters):
+        return "shares its weight with another layer"
+    if any(id(parameter) in trace.outside for parameter in parameters):
+        return "has a weight that is also used outside of its own call"
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        return "has weights that are not finite"
+    return None
+
+
+class _Trace(TorchFunctionMode):
+    """One run: which layers run, in which order, on what, and who else uses their weights."""
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.paths = model, paths
+        self.order: list[str] = []
+        self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
+        self.hits: list[Counter[str]] = []
+        self.outside: set[int] = set()
+        self._running: list[nn.Module] = []
+        self._owner = {id(p): module for module in model.modules() for p in module._parameters.values()}
+        self._outputs: dict[int, tuple[str, Tensor]] = {}
+        self._normed: dict[str, str | None] = {}
+        self._norms: Counter[str] = Counter()
+
+    def norm(self, path: str) -> str | None:
+        """The BatchNorm that the layer's outputs go to, if nothing else goes there."""
+        name = self._normed.get(path)
+        return name if name is not None and self._norms[name] == len(self.places[path]) else None
+
+    def run(self, calls: Sequence[Call]) -> None:
+        """Run the network."""
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                before = module.register_forward_pre_hook(self._enter(path), prepend=True)
+                after = module.register_forward_hook(self._leave(path), always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            stack.enter_context(self)
+            for call in calls:
+                self.hits.append(Counter())
+                self.model.get_submodule(call.path)(*call.args, **call.kwargs)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            owner = self._owner.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
+            if owner is not None and not any(module is owner for module in self._running):
+                self.outside.add(id(leaf))
+        return func(*args, **(kwargs or {}))
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._running.append(module)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and args:
+                self._norms[path] += 1
+                source = self._outputs.get(id(args[0]))
+                if source is not None and module.track_running_stats:
+                    self._normed[source[0]] = path
+            if path in self.paths and args and isinstance(args[0], Tensor):
+                geometry = self.paths[path][0] if not isinstance(self.paths[path], str) else Geometry(1, 1)
+                x, sides = args[0], len(geometry.kernel)
+                size = tuple(x.shape[-sides:]) if sides else ()
+                channels = x.shape[-1] if not sides else x.shape[-sides - 1]
+                self.places[path].append((x.numel() // max(1, channels * math.prod(size)), size))
+                self.order.append(path)
+                self.hits[-1][path] += 1
+
+        return enter
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._running.pop()
+            if path in self.paths and isinstance(output, Tensor):
+                self._outputs[id(output)] = path, output  # held, so that no other tensor gets its id
+
+        return leave
+
+
+class _Stop(BaseException):
+    """Ends a run: nothing that is asked for comes after."""
+
+
+def visit(
+    model: nn.Module,
+    layers: Layers,
+    paths: Sequence[str],
+    calls: Sequence[Call],
+    see: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """Run a network and see the inputs and outputs of some of its layers.
+
+    Args:
+        model: the network.
+        layers: what is known of it.
+        paths: the layers.
+        calls: what to run it on.
+        see: called with path, input and output at each of their calls.
+    """
+    with without_observers(model), undisturbed(model):
+        for number, call in enumerate(calls):
+            expected = layers.hits[number % len(layers.hits)]
+            with _watching(model, paths, sum(expected[path] for path in paths), see):
+                _run(model, call)
+
+
+def compare_outputs(
+    model: nn.Module,
+    trial: nn.Module,
+    layers: Layers,
+    path: str,
+    calls: Sequence[Call],
+    see: Callable[[Tensor, Tensor], None],
+    inner: str = "",
+) -> None:
+    """Run two networks side by side, and see a layer's inputs in one with its outputs in the other.
+
+    Args:
+        model: the network whose outputs are wanted.
+        trial: the one whose inputs are seen.
+        layers: what is known of `model`.
+        path: the layer.
+        calls: what to run them on.
+        see: called with input and wanted output at each of its calls.
+        inner: a layer inside of what stands at `path` in `trial`, whose inputs are seen instead.
+    """
+    source = f"{path}.{inner}" if inner else path
+    with without_observers(model), undisturbed(model), undisturbed(trial):
+        for number, call in enumerate(calls):
+            count = layers.hits[number % len(layers.hits)][path]
+            wanted: list[Tensor] = []
+            with _watching(model, [path], count, lambda _, __, y, kept=wanted: kept.append(y)):  # type: ignore[misc]
+                _run(model, call)
+            outputs = iter(wanted)
+            with _watching(trial, [source], count, lambda _, x, __, kept=outputs: see(x, next(kept)), before=True):  # type: ignore[misc]
+                _run(trial, call)
+
+
+def _run(model: nn.Module, call: Call) -> None:
+    with suppress(_Stop):
+        model.get_submodule(call.path)(*call.args, **call.kwargs)
 
 
 @contextmanager
-def _cumulative(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    before = [
-        (norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None
-    ]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True  # None: a plain average over all batches
-    try:
+def _watching(
+    model: nn.Module,
+    paths: Sequence[str],
+    count: int,
+    see: Callable[[str, Tensor, Tensor], None],
+    before: bool = False,
+) -> Iterator[None]:
+    """Hooks on some layers; the run ends when they have been called `count` times. `before`: with no output yet."""
+    left = count
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            nonlocal left
+            see(path, args[0], args[0] if output is None else output)
+            left -= 1
+            if not left:
+                raise _Stop
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(watch(path)).remove)
         yield
-    finally:
-        for norm, (momentum, tracked) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(tracked)

@@ -14,10 +14,10 @@ from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, named_tensors
-from lightning_compress.methods.calibration import Refit
 from lightning_compress.methods.choosing import Chooser, Selection, costs
 from lightning_compress.methods.criteria import score_channels
 from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
+from lightning_compress.methods.refit import Refit
 
 __all__ = ["Pruning", "plan_channels", "prune_channels"]
 

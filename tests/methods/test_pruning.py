@@ -14,7 +14,7 @@ from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.calls import as_calls
 from lightning_compress.coupling import trace_coupling
 from lightning_compress.footprint import measure
-from lightning_compress.methods.calibration import reestimate_batchnorm
+from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.choosing import Selection
 from lightning_compress.methods.criteria import CRITERIA, score_channels, taylor_terms
 from lightning_compress.methods.pruning import prune_channels

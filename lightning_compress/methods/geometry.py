@@ -49,6 +49,7 @@ class Geometry:
         bias: whether it adds one.
 
     Example:
+        >>> import torch
         >>> geometry = Geometry.of(nn.Conv2d(4, 6, 3, stride=2, groups=2))
         >>> geometry.matrix, geometry.canonical(torch.zeros(6, 2, 3, 3)).shape
         ((2, 3, 18), torch.Size([2, 3, 2, 3, 3]))

@@ -1,0 +1,292 @@
+"""Planning: what each layer may become, what that costs and loses, and which of it a budget takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.artifact import artifact_bytes
+from lightning_compress.budget import BudgetError
+from lightning_compress.calls import Call
+from lightning_compress.edits import Edit, Spec, apply_edits, build, skeleton
+from lightning_compress.footprint import measure
+from lightning_compress.latency import compare_latency
+from lightning_compress.methods.allocation import Option, allocate, share_out
+from lightning_compress.methods.approximation import Candidate, Form
+from lightning_compress.methods.calibration import Layer, find_layers, visit
+from lightning_compress.methods.decompositions import DECOMPOSITIONS
+from lightning_compress.methods.measured import BUDGET_BATCH, Stopwatch
+from lightning_compress.methods.moments import Moments
+from lightning_compress.methods.pricing import price
+from lightning_compress.methods.sequential import Planned, replacement
+from lightning_compress.quiet import without_observers
+
+__all__ = ["Allocation", "Planner", "Replaced"]
+
+Allocation = Literal["greedy", "uniform"]
+"""All layers compete by what they lose for what they save, or each gives the same fraction."""
+
+MEMORY = 1 << 24
+"""Bytes of moments that are kept at once; layers whose moments do not fit together take another run of the network."""
+
+TIMED = 8
+"""Options of a layer that are timed for a budget of latency."""
+
+TRIES = 8
+"""Times that a plan is tightened until the whole network, timed or written, is within the budget."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What replacing layers did.
+
+    Attributes:
+        edits: the edits that were applied; none when nothing was replaced.
+        errors: path -> output error that is left, relative to the energy of the layer's outputs on calibration data.
+        left: path -> why the layer was left alone.
+        costs: unit -> (before, after).
+        ranks: path -> size that the layer's new form has.
+    """
+
+    edits: tuple[Edit, ...]
+    errors: Mapping[str, float]
+    left: Mapping[str, str]
+    costs: Mapping[str, tuple[float, float]]
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Planner:
+    """The options of all layers of a network.
+
+    Args:
+        model: the network; it is not changed.
+        calls: how it is called, once.
+        forms: what layers may become; each takes the first that does not refuse it.
+        calibration: data for the errors that are predicted; none: they are those of the weights.
+        exclude: patterns of layers that stay.
+        keep: parameter name -> why its layer stays.
+
+    Raises:
+        ValueError: a pattern that matches no layer; no layer can be replaced; data that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        forms: Sequence[Form],
+        calibration: Sequence[Call] = (),
+        exclude: Sequence[str] = (),
+        keep: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.calls = model, calls
+        self.layers = find_layers(model, calls, DECOMPOSITIONS)
+        self.left = dict(self.layers.left)
+        footprint = measure(model, calls)
+        self.dense = {"macs": float(footprint.macs), "params": float(footprint.params), "bytes": float(footprint.bytes)}
+        self.forms: dict[str, Form] = {}
+        outside = {name.rpartition(".")[0]: reason for name, reason in (keep or {}).items()}
+        excluded = self._excluded(exclude)
+        for layer in self.layers.found:
+            reasons = [form.refuses(layer.geometry) for form in forms]
+            if layer.path in outside or layer.path in excluded:
+                self.left[layer.path] = outside.get(layer.path) or excluded[layer.path]
+            elif all(reasons):
+                self.left[layer.path] = str(reasons[0])
+            else:
+                self.forms[layer.path] = forms[reasons.index(None)]
+        if not self.forms:
+            why = "; ".join(f"{path} {reason}" for path, reason in list(self.left.items())[:5])
+            raise ValueError(f"there is no layer in this network that could be replaced: {why or 'it has none'}")
+        self.candidates = self._candidates(calibration)
+
+    @property
+    def replaceable(self) -> list[Layer]:
+        """The layers with candidates, in the order that data reaches them."""
+        return [layer for layer in self.layers.found if layer.path in self.forms]
+
+    # Which sizes.
+
+    def within(
+        self, limits: Mapping[str, float], allocation: Allocation = "greedy", stopwatch: Stopwatch | None = None
+    ) -> list[Planned]:
+        """A plan within limits.
+
+        Args:
+            limits: unit -> cost allowed; `latency` in microseconds of the stopwatch.
+            allocation: how it is shared out.
+            stopwatch: what a limit on latency is measured with.
+
+        Raises:
+            BudgetError: the limits cannot be met, with the lowest that can.
+            ValueError: an unknown allocation; a limit on latency without a stopwatch.
+        """
+        if allocation not in get_args(Allocation):
+            raise ValueError(f"`allocation` must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
+        timed = {}
+        if "latency" in limits:
+            if stopwatch is None:
+                raise ValueError("a limit on latency needs a stopwatch")
+            timed = self._timed()
+        options = [self._options(layer, timed.get(layer.path)) for layer in self.replaceable]
+        dense = {**self.dense, "latency": 0.0 if stopwatch is None else stopwatch(self._copy())}
+        rest = {unit: dense[unit] - sum(layer[0].costs[unit] for layer in options) for unit in limits}
+        solve = allocate if allocation == "greedy" else share_out
+        targets = dict(limits)
+        for _ in range(TRIES):
+            planned = self._planned(solve(options, rest, targets))
+            over = self._excess(planned, limits, stopwatch)
+            if not over:
+                return planned
+            for unit, excess in over.items():
+                targets[unit] -= excess * 1.05
+        raise BudgetError(
+            f"a budget of {', '.join(f'{limits[unit]:,.0f} {unit}' for unit in over)} cannot be met by replacing "
+            f"layers: after {TRIES} tries the network is still over it by "
+            f"{', '.join(f'{excess:,.0f}' for excess in over.values())}; the lowest reachable is near "
+            f"{', '.join(f'{limits[unit] + excess:,.0f}' for unit, excess in over.items())}"
+        )
+
+    def everything(self, choose: Callable[[Layer, Sequence[Candidate]], Candidate | None]) -> list[Planned]:
+        """A plan by a rule for each layer; None, or what is not cheaper in parameters and arithmetic, leaves it."""
+        planned = []
+        for layer in self.replaceable:
+            candidate = choose(layer, self.candidates[layer.path])
+            if candidate is not None:
+                item = Planned(layer, self.forms[layer.path], candidate.rank)
+                before, after = price(layer.spec, layer.places), price(item.spec, layer.places)
+                if after.macs <= before.macs and after.params <= before.params and after != before:
+                    planned.append(item)
+        return planned
+
+    def result(self, planned: Sequence[Planned], edits: Sequence[Edit], errors: Mapping[str, float]) -> Replaced:
+        """What a plan that was carried out came to."""
+        paths = {item.layer.path for item in planned}
+        left = {**self.left, **{p: "would not get cheaper, or is not needed" for p in self.forms if p not in paths}}
+        after = measure(self.model, self.calls)
+        costs = {unit: (before, float(getattr(after, unit))) for unit, before in self.dense.items()}
+        return Replaced(tuple(edits), errors, left, costs, {item.layer.path: item.rank for item in planned})
+
+    # What there is to choose from.
+
+    def _excluded(self, patterns: Sequence[str]) -> dict[str, str]:
+        modules = [name for name, _ in self.model.named_modules() if name]
+        excluded: dict[str, str] = {}
+        for pattern in patterns:
+            matched = [name for name in modules if fnmatchcase(name, pattern)]
+            if not matched:
+                near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or modules[:5]
+                raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near)}")
+            for layer in self.layers.found:
+                if any(layer.path == name or layer.path.startswith(f"{name}.") for name in matched):
+                    excluded[layer.path] = f"excluded by pattern {pattern!r}"
+        return excluded
+
+    def _candidates(self, calibration: Sequence[Call]) -> dict[str, list[Candidate]]:
+        """Path -> candidates, by as few runs of the network as memory allows."""
+        found: dict[str, list[Candidate]] = {}
+        batches: list[dict[str, Moments]] = [{}]
+        for layer in self.replaceable:
+            if not calibration or not layer.informed:
+                found[layer.path] = self._weigh(layer, None)
+                continue
+            moments = Moments(layer.geometry, cross=False)
+            if batches[-1] and moments.bytes + sum(other.bytes for other in batches[-1].values()) > MEMORY:
+                batches.append({})
+            batches[-1][layer.path] = moments
+        for batch in filter(None, batches):
+
+            def see(path: str, x: Tensor, y: Tensor, kept: dict[str, Moments] = batch) -> None:
+                kept[path].add(x, y)
+
+            visit(self.model, self.layers, list(batch), calibration, see)
+            for layer in self.replaceable:
+                if layer.path in batch:
+                    found[layer.path] = self._weigh(layer, batch.pop(layer.path))
+        return found
+
+    def _weigh(self, layer: Layer, moments: Moments | None) -> list[Candidate]:
+        second = None
+        if moments is not None:
+            try:
+                second = moments.objective(layer.centred, layer.weight.flatten(2)).second
+            except ValueError as error:
+                raise ValueError(f"{layer.path}: {error}") from error
+        return self.forms[layer.path].candidates(layer.geometry, layer.weight, second)
+
+    def _options(self, layer: Layer, timed: Mapping[Any, float] | None) -> list[Option]:
+        """Staying as it is, and the candidates; with times, only those that were timed."""
+
+        def option(choice: Planned | None, error: float, spec: Spec, rank: Any) -> Option:
+            cost = price(spec, layer.places)
+            costs = {"macs": cost.macs, "params": float(cost.params), "bytes": 4.0 * cost.params}
+            return Option(choice, error, {**costs, "latency": timed[rank] if timed else 0.0})
+
+        found = [option(None, 0.0, layer.spec, None)]
+        for candidate in self.candidates[layer.path]:
+            if timed is None or candidate.rank in timed:
+                item = Planned(layer, self.forms[layer.path], candidate.rank)
+                found.append(option(item, candidate.error, item.spec, candidate.rank))
+        return found
+
+    @staticmethod
+    def _planned(chosen: Sequence[Option]) -> list[Planned]:
+        return [option.choice for option in chosen if option.choice is not None]
+
+    # What only a measurement tells.
+
+    def _excess(
+        self, planned: Sequence[Planned], limits: Mapping[str, float], stopwatch: Stopwatch | None
+    ) -> dict[str, float]:
+        """How far the network of a plan is over the limits that are measured on the whole of it."""
+        over: dict[str, float] = {}
+        if not {"bytes", "latency"} & set(limits):
+            return over
+        trial = self._copy()
+        if planned:
+            apply_edits(trial, [replacement(planned, "")])
+        if "bytes" in limits:
+            over["bytes"] = artifact_bytes(trial) - limits["bytes"]
+        if "latency" in limits and stopwatch is not None:
+            over["latency"] = stopwatch(trial) - limits["latency"]
+        return {unit: excess for unit, excess in over.items() if excess > 0}
+
+    def _copy(self) -> nn.Module:
+        with without_observers(self.model):
+            return skeleton(self.model, lambda tensor: tensor)
+
+    def _timed(self) -> dict[str, dict[Any, float]]:
+        """Path -> rank -> microseconds of a batch; the rank None is the layer as it is. Like layers are timed once."""
+        known: dict[Any, dict[Any, float]] = {}
+        times = {}
+        for layer in self.replaceable:
+            candidates = self.candidates[layer.path]
+            picked = candidates[:: max(1, len(candidates) // TIMED)]
+            key = repr((layer.spec, layer.places, [c.rank for c in picked]))
+            if key not in known:
+                ranks = {str(candidate.rank): candidate.rank for candidate in picked}
+                specs = {
+                    "": layer.spec,
+                    **{n: self.forms[layer.path].spec(layer.geometry, r) for n, r in ranks.items()},
+                }
+                calls = [Call((_example(layer, count, size),)) for count, size in layer.places]
+                like = torch.empty(0, dtype=torch.float32, device=next(self.model.parameters()).device)
+                sides = {name: (build(spec, like), calls) for name, spec in specs.items()}
+                found = compare_latency(sides, (BUDGET_BATCH,), repeats=7, seconds=1.0)
+                known[key] = {
+                    None if name == "" else ranks[name]: 1e3 * found[name][BUDGET_BATCH].wall.median for name in specs
+                }
+            times[layer.path] = known[key]
+        return times
+
+
+def _example(layer: Layer, count: int, size: tuple[int, ...]) -> Tensor:
+    if not size:
+        return torch.zeros(1, count, layer.geometry.inputs) if count > 1 else torch.zeros(1, layer.geometry.inputs)
+    return torch.zeros(count, layer.geometry.inputs, *size)

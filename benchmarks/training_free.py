@@ -1,33 +1,230 @@
+"""What low-rank factorization and compact filters keep without training, recover with little, and are worth in time.
+
+    python benchmarks/training_free.py [--quick] [--cifar10 FOLDER] [--seeds N] [--jobs N] [--json FILE] [--table FILE]
+
+Four parts, for VGG-small, ResNet-20 and MobileNetV2-small on Fashion-MNIST and CIFAR-10: accuracy without training
+against multiply-accumulates and parameters, beside peers; accuracy after 200 steps of distillation from the dense
+network; latency in eager torch and ONNX Runtime beside a thin network of equal cost; and what calibration costs.
+
+Every run is written to the JSON file as soon as it ends; started again with the same file, the benchmark goes on where
+it was, or prints the tables if nothing is left to do.
+"""
+
 from __future__ import annotations
 
 import argparse
+import io
 import multiprocessing
+import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.distillation_runs import Place, start_worker
-from benchmarks.training_free_nets import Cell, train_dense
+from benchmarks.distillation_runs import DATA, Place
+from benchmarks.training_free_cost import cost_case, measure_cost
+from benchmarks.training_free_nets import FULL, NETS, QUICK, Cell, images
+from benchmarks.training_free_results import Results, print_tables
+from benchmarks.training_free_runs import (
+    DENSE,
+    HEAP,
+    Found,
+    Task,
+    recover,
+    run_dense,
+    run_untrained,
+    start,
+    tasks_of,
+    to_recover,
+)
+from benchmarks.training_free_runtime import BATCHES, RUNTIMES, compare, tasks_to_time, timed_case
+from benchmarks.training_free_sides import OPERATORS, VARIANTS, missing_peers
+from lightning_compress.files import write_atomic
+
+WIDTH = 200  # of tables that go to a file
+USUAL_VARIANTS = [variant for variant in VARIANTS if variant != "random"]  # which without training is chance
+DECOMPOSITIONS = ("spatial", "channel", "tucker", "cp")
+Work = tuple[Callable[..., Found], tuple[Any, ...]]
+
+
+def console_for(file: io.TextIOBase | None = None) -> Console:
+    """Plain text that keeps its lines whole in a file."""
+    wide = file is not None or not sys.stdout.isatty()
+    return Console(file=file, width=WIDTH if wide else None, markup=False, highlight=False)
+
+
+@contextmanager
+def heap() -> Iterator[None]:
+    """Processes that are started in the block keep their memory; see `HEAP`."""
+    added = [name for name in HEAP if name not in os.environ]
+    os.environ.update({name: HEAP[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def run_all(groups: list[list[Work]], results: Results, jobs: int, threads: int, console: Console) -> None:
+    """Run groups one after the other, the work of one side by side; keep each run as it ends."""
+    with heap(), ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start, (threads,)) as pool:
+        try:
+            for group in groups:
+                begin = time.perf_counter()
+                futures: list[Future[Found]] = [pool.submit(run, *args) for run, args in group]
+                for done, future in enumerate(as_completed(futures), 1):
+                    found = future.result()
+                    results.add([found])
+                    left = (time.perf_counter() - begin) / done * (len(futures) - done)
+                    score = found.metrics.get("refused") or f"{found.metrics['accuracy']:.2%}"
+                    seed = "" if found.seed is None else f", seed {found.seed}"
+                    console.print(
+                        f"[{done}/{len(futures)}] {found.case}; {found.side}{seed}: {score}; about {left / 60:.0f} min"
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def work_to_do(
+    options: argparse.Namespace, cells: list[Cell], place: Place, results: Results, tasks: list[Task], parts: set[str]
+) -> list[list[Work]]:
+    """What is not in the results yet: dense networks, then runs without training, then recovery seed by seed."""
+    dense: list[Work] = [(run_dense, (c, place)) for c in cells if not results.has(f"{DENSE}; {c.case}", DENSE)]
+    if options.prepare:
+        return [dense]
+    untrained: list[Work] = []
+    if "accuracy" in parts:
+        untrained = [(run_untrained, (t, place)) for t in tasks if not results.has(t.case, t.side)]
+    recovery: list[Work] = []
+    if "recover" in parts:
+        chosen = [task for cell in cells for task in to_recover(cell, options.only)]
+        recovery = [
+            (recover, (task, place, seed))
+            for seed in range(options.seeds)
+            for task in chosen
+            if not results.has(task.recovery_case, task.side, seed)
+        ]
+    return [dense, untrained, recovery]
+
+
+def time_all(
+    options: argparse.Namespace, cells: list[Cell], place: Place, results: Results, tasks: list[Task], console: Console
+) -> None:
+    """Latency, in this process, when nothing else of the benchmark runs."""
+    repeats, seconds = (15, 4.0) if options.quick else (30, 20.0)
+    for cell in cells:
+        if options.quick and cell.data != "fashion-mnist":
+            continue
+        for task in tasks_to_time(cell, tasks):
+            if not all(results.has(timed_case(task, runtime, batch)) for runtime in RUNTIMES for batch in BATCHES):
+                results.add(compare(task, place, repeats, seconds))
+                console.print(f"latency; {cell.case}; {task.operator}: done")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("outputs/training_free"))
-    parser.add_argument("--jobs", type=int, default=2)
-    o = parser.parse_args()
-    place = Place(Path("data"), o.cifar10, o.work, "cpu")
-    order = [("fashion-mnist", "vgg_small"), ("fashion-mnist", "resnet20"), ("fashion-mnist", "mobilenetv2_small"),
-             ("cifar10", "mobilenetv2_small"), ("cifar10", "resnet20"), ("cifar10", "vgg_small")]
-    with ProcessPoolExecutor(o.jobs, multiprocessing.get_context("spawn"), start_worker, (1,)) as pool:
-        fs = {pool.submit(train_dense, Cell(d, n, o.quick), place): (d, n) for d, n in order}
-        for f in as_completed(fs):
-            r = f.result()
-            print(fs[f], f"{r.accuracy:.2%}", f"{r.seconds:.0f} s", flush=True)
+    """Run from the command line."""
+    options, parser = parse()
+    console = console_for()
+    missing = missing_peers()
+    if missing:
+        console.print(f"Left out, not installed: {', '.join(missing)} (benchmarks/README.md says how to)")
+    options.only = [name for name in OPERATORS if name in options.only and OPERATORS[name].peer not in missing]
+    if options.cifar10 is None and "cifar10" in options.data:
+        console.print("Left out: CIFAR-10, for want of --cifar10 FOLDER (benchmarks/README.md says of what)")
+        options.data.remove("cifar10")
+    recipe = QUICK if options.quick else FULL
+    path = options.json or options.work / f"{'quick' if options.quick else 'full'}.json"
+    try:
+        results = Results(path, asdict(recipe))
+    except ValueError as error:
+        parser.error(str(error))
+    options.work.mkdir(parents=True, exist_ok=True)
+    place = Place(options.fashion_mnist, options.cifar10, options.work, options.accelerator)
+    cells = [Cell(data, net, options.quick) for data in options.data for net in options.nets]
+    tasks = [task for cell in cells for task in tasks_of(cell, options.only, options.variants)]
+    parts = parts_of(options)
+
+    groups = work_to_do(options, cells, place, results, tasks, parts)
+    if any(groups):
+        for data in options.data:
+            images(data, place, None, False, 1)  # so that images are decoded once
+        images.cache_clear()
+        run_all(groups, results, options.jobs, options.threads, console)
+    if options.prepare:
+        return
+    start(1)
+    if "latency" in parts:
+        time_all(options, cells, place, results, tasks, console)
+    if "calibration" in parts:
+        for decomposition in DECOMPOSITIONS:
+            if decomposition in options.only and not results.has(cost_case(decomposition)):
+                results.add(measure_cost(decomposition))
+                console.print(f"{cost_case(decomposition)}: done")
+    print_tables(results, console)
+    if options.table:
+        text = io.StringIO()
+        print_tables(results, console_for(text))
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.table, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
+
+
+def parts_of(options: argparse.Namespace) -> set[str]:
+    """What is to be measured: everything but what is refused, or, where parts are asked for, those alone."""
+    flags = {part: getattr(options, part) for part in ("recover", "latency", "calibration")}
+    asked = {part for part, flag in flags.items() if flag}
+    return asked or {"accuracy", *(part for part, flag in flags.items() if flag is None)}
+
+
+def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add("--quick", action="store_true", help="few samples and epochs of the dense networks: for a CPU")
+    add("--seeds", type=int, default=3, help="of the recovery; here: %(default)s")
+    add("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    add("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    add(
+        "--only",
+        nargs="+",
+        choices=list(OPERATORS),
+        default=list(OPERATORS),
+        metavar="OPERATOR",
+        help="of: %(choices)s",
+    )
+    add(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=USUAL_VARIANTS,
+        metavar="VARIANT",
+        help="of: %(choices)s",
+    )
+    add("--fashion-mnist", type=Path, default=Path("data"), metavar="FOLDER", help="of its four files")
+    add("--cifar10", type=Path, metavar="FOLDER", help="of train/<class>/ and test/<class>/")
+    add("--work", type=Path, default=Path("outputs/training_free"), metavar="FOLDER", help="for dense networks")
+    add("--json", type=Path, metavar="FILE", help="results; WORK/quick.json or WORK/full.json")
+    add("--table", type=Path, metavar="FILE", help="write the tables there too, as Markdown")
+    jobs = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+    add("--jobs", type=int, default=jobs, help="processes side by side; here: %(default)s")
+    add("--threads", type=int, default=1, help="of torch, in each of them")
+    add("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
+    add("--prepare", action="store_true", help="train the dense networks and do nothing else")
+    for part, what in {
+        "recover": "accuracy after a little training",
+        "latency": "beside a thin network",
+        "calibration": "what it costs in time and memory",
+    }.items():
+        add(f"--{part}", action=on_off, help=f"measure it only, or not at all: {what}")
+    return parser.parse_args(), parser
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import FileLock
+from rich import box
+from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.distillation_runs import DecodedFolder, Place
@@ -38,6 +40,7 @@ __all__ = [
     "dense_network",
     "images",
     "in_chunks",
+    "marked_table",
     "train_dense",
     "trainer",
 ]
@@ -81,7 +84,7 @@ class Recipe:
         epochs: of each network.
         augment: shift and mirror the images, in the dense training and in the recovery.
         batch_size: of the dense training.
-        budgets: fractions of the multiply-accumulates.
+        budgets: fractions of the multiply-accumulates, of each network.
         recovery: data set -> the networks that are trained after they were compressed.
     """
 
@@ -89,7 +92,7 @@ class Recipe:
     epochs: Mapping[str, int]
     augment: bool
     batch_size: int
-    budgets: tuple[float, ...]
+    budgets: Mapping[str, tuple[float, ...]]
     recovery: Mapping[str, tuple[str, ...]]
 
 
@@ -98,7 +101,7 @@ FULL = Recipe(
     epochs=dict.fromkeys(NETS, 60),
     augment=True,
     batch_size=128,
-    budgets=(0.5, 0.33, 0.2),
+    budgets=dict.fromkeys(NETS, (0.5, 0.33, 0.2)),
     recovery=dict.fromkeys(("fashion-mnist", "cifar10"), tuple(NETS)),
 )
 QUICK = Recipe(
@@ -106,7 +109,7 @@ QUICK = Recipe(
     epochs={"vgg_small": 5, "resnet20": 6, "mobilenetv2_small": 5},
     augment=False,
     batch_size=128,
-    budgets=(0.5, 0.33),
+    budgets={"vgg_small": (0.5, 0.33), "resnet20": (0.5, 0.33), "mobilenetv2_small": (0.5,)},
     recovery={"fashion-mnist": ("vgg_small", "resnet20"), "cifar10": ("vgg_small",)},
 )
 
@@ -252,3 +255,11 @@ def train_dense(cell: Cell, place: Place) -> Dense:
             state = {"state_dict": net.state_dict(), "accuracy": dense.accuracy, "seconds": dense.seconds}
             torch.save(state, file)
         return dense
+
+
+def marked_table(*columns: str, left: int = 1) -> Table:
+    """An empty table in Markdown, its first columns aligned to the left."""
+    table = Table(box=box.MARKDOWN)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+    return table

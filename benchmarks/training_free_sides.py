@@ -152,7 +152,7 @@ def _ours(net: nn.Module, operator: Operator, variant: str, budget: float | int 
 
 
 def _candidates(net: nn.Module) -> list[str]:
-    """The convolutions that peers decompose: all without groups but the first; 3 x 3 ones alone where there are any."""
+    """The convolutions that peers are offered: all without groups but the first."""
     found = {
         name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1
     }
@@ -172,7 +172,10 @@ def _fit(build: Callable[[float, Iterable[str]], nn.Module], net: nn.Module, bud
         return macs <= limit
 
     if not fits(1):
-        raise UnreachableError(f"its lowest is {lowest / dense.macs:.3f} of the multiply-accumulates")
+        lowest_is = (
+            "it decomposes none of these layers" if lowest == dense.macs else f"lowest {lowest / dense.macs:.3f}"
+        )
+        raise UnreachableError(lowest_is)
     low, high = 1, STEPS
     while low < high:
         middle = (low + high + 1) // 2
@@ -193,15 +196,19 @@ def _cheaper(
 
 def _tltorch(net: nn.Module, factorization: str, budget: float, image: Tensor) -> nn.Module:
     factorized = import_module("tltorch").FactorizedConv
+    cp_rank = import_module("tensorly.cp_tensor").validate_cp_rank
     options: dict[str, Any] = {"fixed_rank_modes": "spatial"} if factorization == "tucker" else {}
 
     def build(fraction: float, names: Iterable[str], trained: bool = False) -> nn.Module:
         made = copy.deepcopy(net)
         for name in names:
             conv = made.get_submodule(name)
+            rank: float | int = fraction
+            if factorization == "cp":  # a fraction that rounds to rank 0 would raise
+                rank = max(1, cp_rank(tuple(conv.weight.shape), rank=fraction))
             new = factorized.from_conv(
                 conv,
-                rank=fraction,
+                rank=rank,
                 factorization=factorization,
                 implementation="factorized",
                 decompose_weights=trained,

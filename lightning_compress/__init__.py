@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_compress.artifact import load_compressed, save_compressed
     from lightning_compress.budget import Budget
     from lightning_compress.callbacks.distillation import Distillation
+    from lightning_compress.callbacks.factorization import LowRankFactorization
+    from lightning_compress.callbacks.filters import CompactFilters
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.checkpoints import load_from_checkpoint
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_compress.distill.mutual import MutualModule
     from lightning_compress.edits import apply_edits, history
     from lightning_compress.footprint import Footprint, measure
+    from lightning_compress.methods.factorization import factorize
+    from lightning_compress.methods.filters import compact_filters
     from lightning_compress.methods.pruning import prune_channels
 
 __version__ = "0.1.0"
@@ -29,12 +33,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "ChannelPruning",
+    "CompactFilters",
     "CompressionReport",
     "Distillation",
     "DistillationModule",
     "Footprint",
+    "LowRankFactorization",
     "MutualModule",
     "apply_edits",
+    "compact_filters",
+    "factorize",
     "history",
     "load_compressed",
     "load_from_checkpoint",
@@ -47,12 +55,16 @@ __all__ = [
 _HOMES = {
     "Budget": "lightning_compress.budget",
     "ChannelPruning": "lightning_compress.callbacks.pruning",
+    "CompactFilters": "lightning_compress.callbacks.filters",
     "CompressionReport": "lightning_compress.callbacks.report",
     "Distillation": "lightning_compress.callbacks.distillation",
     "DistillationModule": "lightning_compress.distill.module",
     "Footprint": "lightning_compress.footprint",
+    "LowRankFactorization": "lightning_compress.callbacks.factorization",
     "MutualModule": "lightning_compress.distill.mutual",
     "apply_edits": "lightning_compress.edits",
+    "compact_filters": "lightning_compress.methods.filters",
+    "factorize": "lightning_compress.methods.factorization",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",
     "load_from_checkpoint": "lightning_compress.checkpoints",

@@ -2,7 +2,8 @@
 
 `CompressionCallback` owns everything that is the same for every method: when edits happen, how checkpoints carry them,
 what has to follow a change of shape (optimizers, DDP, averaged weights, the memory of "best"). A method answers three
-questions: `check` (can the budget be met?), `edit` (what to do at this amount) and, each step, `constrain`.
+questions: `check` (can the budget be met?), `edit` (what to do at this amount) and, each step, `constrain`; and it may
+`prepare` for an edit and have a last word when it was `edited`.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ class CompressionCallback(pl.Callback):
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Each step, before the optimizer's: regularisers, gathered gradients."""
 
+    def prepare(self, captured: Captured, edits: Sequence[Edit]) -> None:
+        """Before the edits are applied, those of rank 0: find the weights that will be set after."""
+
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the edits were applied: new weights, re-estimated statistics."""
 
@@ -161,6 +165,7 @@ class CompressionCallback(pl.Callback):
         edits = edits_from_json(trainer.strategy.broadcast(edits_to_json(edits)))
         if edits:
             _tell(trainer, "before_edits", pl_module, path)
+            self.prepare(captured, edits)
             changes = apply_edits(captured.network, edits)
             self.edited(trainer, pl_module)
             follow(trainer, pl_module, path, edits, changes)

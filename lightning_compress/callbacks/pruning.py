@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,13 +13,12 @@ from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
-from lightning_compress.edits import Edit, history, rewind_edits
+from lightning_compress.edits import Edit, history
 from lightning_compress.methods.choosing import Selection, costs
 from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.pruning import plan_channels
 from lightning_compress.methods.refit import Refit
-from lightning_compress.quiet import without_observers
 
 __all__ = ["ChannelPruning"]
 
@@ -163,10 +161,7 @@ class ChannelPruning(CompressionCallback):
     ) -> Settled | None:
         stopwatch = None
         if "latency" in limits:
-            with without_observers(captured.network):
-                reference = copy.deepcopy(captured.network)
-            rewind_edits(reference, self._since)
-            stopwatch = Stopwatch(reference, captured.calls, dense["latency"])
+            stopwatch = Stopwatch.resume(captured.network, self._since, captured.calls, dense["latency"])
         keep = dict.fromkeys(captured.outside, "is used outside of the network's calls")
         seed = int(self.done * 1000)  # another draw at each edit, the same on every rank and after a resume
         return plan_channels(

@@ -30,7 +30,7 @@ Init = Literal["data", "weights", "random"]
 """Where new layers come from: outputs on data, the trained weights alone, or nothing (to show what the others gain)."""
 
 Factors = tuple[Tensor, ...]
-"""The weights of the layers of a form, in canonical form and in double precision."""
+"""The weights of the layers of a form, in canonical form and in double precision; and choices, as integers."""
 
 SWEEPS = 2
 """Rounds over all factors."""
@@ -115,13 +115,17 @@ class Form(ABC):
         layer = data.layer
         objective = data.objective(init)
         if init == "random":
-            factors = reset(module)
+            factors = self.fresh(layer.geometry, module)
             error = objective.error(self.compose(layer.geometry, factors).flatten(2))
         else:
             factors, error = approximate(self, layer.geometry, layer.weight, rank, objective)
         offset = objective.offset(self.compose(layer.geometry, factors).flatten(2))
         self.fill(layer.geometry, module, factors, data.correct(offset))
         return error
+
+    def fresh(self, geometry: Geometry, module: nn.Module) -> Factors:
+        """The factors of new layers that know nothing of the old one."""
+        return reset(module)
 
     def fill(self, geometry: Geometry, module: nn.Module, factors: Factors, bias: Tensor | None) -> None:
         """Set the weights of what replaces the layer."""
@@ -183,6 +187,8 @@ def _descend(
     for _ in range(sweeps):
         before = best[1]
         for place in reversed(range(len(factors))):
+            if not factors[place].is_floating_point():
+                continue  # a choice (an order of the outputs), not a weight
             last = place == len(factors) - 1
             step = _solve_outputs if last and form.solves_outputs else _conjugate_gradients
             factors = step(form, geometry, best[0], place, objective)
@@ -197,13 +203,13 @@ def _descend(
 def _solve_outputs(form: Form, geometry: Geometry, factors: Factors, place: int, objective: Objective) -> Factors:
     """The last factor, exactly: least squares on what the others make of the patches."""
     last = factors[place]
-    size = last[0, 0].numel()
+    blocks, size = last.shape[0], last[0, 0].numel()  # it may have more groups than the layer
     unit = torch.eye(size, dtype=last.dtype, device=last.device).view(1, size, *last.shape[2:])
-    basis = form.compose(geometry, (*factors[:place], unit.expand(last.shape[0], *unit.shape[1:]))).flatten(2)
+    basis = form.compose(geometry, (*factors[:place], unit.expand(blocks, *unit.shape[1:]))).reshape(blocks, size, -1)
     normal = objective.apply(basis) @ basis.transpose(1, 2)
     ridge = _relative_ridge(objective) * normal.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-300)
     prior = last.flatten(2)
-    right = objective.cross @ basis.transpose(1, 2) + ridge * prior
+    right = objective.cross.reshape(blocks, -1, basis.shape[2]) @ basis.transpose(1, 2) + ridge * prior
     normal = normal + ridge * torch.eye(size, dtype=last.dtype, device=last.device)
     solution = torch.linalg.solve(normal, right.transpose(1, 2)).transpose(1, 2)
     return (*factors[:place], solution.view_as(last))

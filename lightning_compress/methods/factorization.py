@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
-from lightning_compress.edits import apply_edits
 from lightning_compress.methods.approximation import Candidate, Form, Init
 from lightning_compress.methods.calibration import Layer
 from lightning_compress.methods.decompositions import DECOMPOSITIONS
 from lightning_compress.methods.measured import Stopwatch
-from lightning_compress.methods.planning import Allocation, Planner, Replaced
-from lightning_compress.methods.sequential import Planned, fit
+from lightning_compress.methods.planning import Allocation, Planner, Replaced, replace_layers
+from lightning_compress.methods.sequential import Planned
 from lightning_compress.methods.vbmf import vbmf_rank
 
-__all__ = ["ORIGIN", "factorize", "low_rank_forms", "plan_ranks"]
+__all__ = ["ORIGIN", "Rank", "check_rank", "factorize", "low_rank_forms", "plan_ranks"]
 
 ORIGIN = "low_rank"
 
@@ -53,6 +52,15 @@ def plan_ranks(planner: Planner, rank: Rank) -> list[Planned]:
             reason = planner.left.get(unknown[0], "there is no such layer")
             raise ValueError(f"`rank` of {unknown[0]!r}: {reason}; layers: {', '.join(list(planner.candidates)[:8])}")
     return planner.everything(_rule(rank))
+
+
+def check_rank(rank: Rank) -> None:
+    """Raise unless `rank` is a rule that `plan_ranks` knows.
+
+    Raises:
+        ValueError: what it should be.
+    """
+    _rule(rank)
 
 
 def _rule(rank: Rank) -> Callable[[Layer, Sequence[Candidate]], Candidate | None]:
@@ -164,24 +172,3 @@ def factorize(
         clock = {} if stopwatch is None else {"latency": stopwatch.microseconds}
         planned = planner.within(budget.limits({**planner.dense, **clock}), allocation, stopwatch)
     return replace_layers(model, planner, planned, data, init, ORIGIN)
-
-
-def replace_layers(
-    model: nn.Module, planner: Planner, planned: Sequence[Planned], data: Sequence[Call], init: Init, origin: str
-) -> Replaced:
-    """Carry a plan out on the network that it was made for.
-
-    Args:
-        model: the network.
-        planner: the planner.
-        planned: its plan.
-        data: calibration data.
-        init: where the new weights come from.
-        origin: of the edit.
-    """
-    if not planned:
-        return planner.result((), (), {})
-    fitted = fit(model, planner.layers, planned, data, init, origin)
-    apply_edits(model, [fitted.edit])
-    fitted.apply(model)
-    return planner.result(planned, (fitted.edit,), fitted.errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError
 from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Settled
-from lightning_compress.edits import apply_edits, skeleton
+from lightning_compress.edits import apply_edits, rewind_edits, skeleton
 from lightning_compress.latency import compare_latency
 from lightning_compress.quiet import without_observers
 
@@ -46,6 +47,21 @@ class Stopwatch:
         """Time the reference."""
         times = compare_latency({"": (reference, calls)}, (BUDGET_BATCH,))
         return cls(reference, calls, times[""][BUDGET_BATCH].wall.median * 1e3)
+
+    @classmethod
+    def resume(cls, network: nn.Module, length: int, calls: Sequence[Call], microseconds: float) -> Stopwatch:
+        """A stopwatch that was started before the network went through its newest edits.
+
+        Args:
+            network: the network now.
+            length: how many edits it had been through then.
+            calls: what to time.
+            microseconds: what it took then.
+        """
+        with without_observers(network):
+            reference = copy.deepcopy(network)
+        rewind_edits(reference, length)
+        return cls(reference, calls, microseconds)
 
     def __call__(self, network: nn.Module) -> float:
         """Microseconds of one batch of `BUDGET_BATCH`, in eager torch."""

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError
 from lightning_compress.calls import Call
-from lightning_compress.edits import Edit, Spec, apply_edits, build, skeleton
+from lightning_compress.edits import Edit, Replace, Spec, apply_edits, build, skeleton
 from lightning_compress.footprint import measure
 from lightning_compress.latency import compare_latency
 from lightning_compress.methods.allocation import Option, allocate, share_out
-from lightning_compress.methods.approximation import Candidate, Form
+from lightning_compress.methods.approximation import Candidate, Form, Init
 from lightning_compress.methods.calibration import Layer, find_layers, visit
 from lightning_compress.methods.decompositions import DECOMPOSITIONS
 from lightning_compress.methods.measured import BUDGET_BATCH, Stopwatch
 from lightning_compress.methods.moments import Moments
 from lightning_compress.methods.pricing import price
-from lightning_compress.methods.sequential import Planned, replacement
+from lightning_compress.methods.sequential import Planned, fit, replacement
 from lightning_compress.quiet import without_observers
 
-__all__ = ["Allocation", "Planner", "Replaced"]
+__all__ = ["Allocation", "Planner", "Replaced", "replace_layers"]
 
 Allocation = Literal["greedy", "uniform"]
 """All layers compete by what they lose for what they save, or each gives the same fraction."""
@@ -165,6 +165,21 @@ class Planner:
                     planned.append(item)
         return planned
 
+    def recover(self, edit: Replace) -> list[Planned]:
+        """The plan that an edit of the same network carries out.
+
+        Raises:
+            ValueError: a layer becomes what is none of its candidates.
+        """
+        planned = []
+        for path, (_, after) in edit.layers.items():
+            layer, form = next(item for item in self.replaceable if item.path == path), self.forms[path]
+            fitting = [c for c in self.candidates[path] if form.spec(layer.geometry, c.rank) == after]
+            if not fitting:
+                raise ValueError(f"{path!r} cannot become what the plan says: is this the network it was made for?")
+            planned.append(Planned(layer, form, fitting[0].rank))
+        return planned
+
     def result(self, planned: Sequence[Planned], edits: Sequence[Edit], errors: Mapping[str, float]) -> Replaced:
         """What a plan that was carried out came to."""
         paths = {item.layer.path for item in planned}
@@ -290,3 +305,24 @@ def _example(layer: Layer, count: int, size: tuple[int, ...]) -> Tensor:
     if not size:
         return torch.zeros(1, count, layer.geometry.inputs) if count > 1 else torch.zeros(1, layer.geometry.inputs)
     return torch.zeros(count, layer.geometry.inputs, *size)
+
+
+def replace_layers(
+    model: nn.Module, planner: Planner, planned: Sequence[Planned], data: Sequence[Call], init: Init, origin: str
+) -> Replaced:
+    """Carry a plan out on the network that it was made for.
+
+    Args:
+        model: the network.
+        planner: the planner.
+        planned: its plan.
+        data: calibration data.
+        init: where the new weights come from.
+        origin: of the edit.
+    """
+    if not planned:
+        return planner.result((), (), {})
+    fitted = fit(model, planner.layers, planned, data, init, origin)
+    apply_edits(model, [fitted.edit])
+    fitted.apply(model)
+    return planner.result(planned, (fitted.edit,), fitted.errors)

@@ -10,6 +10,8 @@ import torch
 
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.factorization import LowRankFactorization
+from lightning_compress.callbacks.filters import CompactFilters
 from lightning_compress.callbacks.pruning import ChannelPruning
 from lightning_compress.distill import Term
 from lightning_compress.distill.losses import KD, FitNet
@@ -24,11 +26,15 @@ class Method:
         callbacks: makes the method's callbacks for a budget; edits before epochs 1 and 3 of 5.
         unit: what the budget is in.
         budget: the fraction that is asked for; None: the method makes nothing smaller.
+        slack: how far below the budget it may end, in fractions of the dense network: its choices may be few.
+        renames: layers are replaced, so that tensors have other names.
     """
 
     callbacks: Callable[[Budget], list[L.Callback]]
     unit: str = "macs"
     budget: float | None = 0.5
+    slack: float = 0.02
+    renames: bool = False
 
     def make(self, fraction: float | None = None) -> list[L.Callback]:
         """The callbacks, for the row's budget or another fraction of it."""
@@ -37,6 +43,23 @@ class Method:
 
 def _pruning(**options: object) -> Callable[[Budget], list[L.Callback]]:
     return lambda budget: [ChannelPruning(budget, start=1, end=3, steps=2, samples=32, **options)]  # type: ignore[arg-type]
+
+
+def _low_rank(**options: object) -> Callable[[Budget], list[L.Callback]]:
+    life: dict[str, object] = {"start": 1, "end": 3, "steps": 2, "schedule": "linear", "samples": 32}
+    return lambda budget: [LowRankFactorization(budget, **{**life, **options})]  # type: ignore[arg-type]
+
+
+def _compact(operator: str, **options: object) -> Callable[[Budget], list[L.Callback]]:
+    life: dict[str, object] = {"start": 1, "end": 3, "steps": 2, "schedule": "linear", "samples": 32}
+    return lambda budget: [CompactFilters(operator, budget, options, **life)]  # type: ignore[arg-type]
+
+
+def _factorized_and_pruned(budget: Budget) -> list[L.Callback]:
+    """Factorized first, then channels of what is left are cut, taught by the dense network."""
+    first = LowRankFactorization(Budget(macs=0.8), samples=32, start=1, end=1)
+    pruning = ChannelPruning(budget, start=3, end=3, steps=1, samples=32)
+    return [Distillation("self", {"kd": KD(temperature=2.0)}, task_weight=0.5), first, pruning]
 
 
 def _taught(budget: Budget) -> list[L.Callback]:
@@ -57,4 +80,8 @@ METHODS: dict[str, Method] = {
     "channel_pruning_slimming": Method(_pruning(criterion="bn_scale", sparsity=1e-3, ranking="layer"), budget=0.6),
     "channel_pruning_self_distilled": Method(_taught_by_itself),
     "distillation": Method(_taught, budget=None),
+    "low_rank": Method(_low_rank(), budget=0.6, renames=True),
+    "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),
+    "low_rank_then_pruning": Method(_factorized_and_pruned, renames=True),
+    "compact_filters": Method(_compact("depthwise_separable", rank=None), budget=0.7, slack=0.1, renames=True),
 }

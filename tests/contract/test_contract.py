@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.budget import BudgetError
-from lightning_compress.edits import EditError, apply_edits, history
+from lightning_compress.edits import EditError, Replace, apply_edits, history
 from lightning_compress.footprint import Footprint, measure
 from tests.contract.methods import METHODS, Method
 from tests.contract.nets import NETS
@@ -160,12 +160,12 @@ def test_optimizer_moves_exactly_the_live_parameters(
 @every_net
 @every_compressing_method
 def test_budget_is_met(method: Method, net: str, tmp_path: Path) -> None:
-    """Measured by footprint, within two hundredths of the dense network from below."""
+    """Measured by footprint, within two hundredths of the dense network (or what the row says) from below."""
     module = task(net)
     dense = getattr(footprint(module.net), method.unit)
     fit(module, tmp_path, *method.make())
     reached = getattr(footprint(module.net), method.unit) / dense
-    assert method.budget - 0.02 < reached <= method.budget
+    assert method.budget - method.slack < reached <= method.budget
 
 
 @every_net
@@ -207,7 +207,13 @@ def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: 
     module = task(net)
     fit(module, tmp_path, *method.make())
     model = module.net.eval()
-    assert list(model.state_dict()) == list(NETS[net]().state_dict())
+    names, before = list(model.state_dict()), list(NETS[net]().state_dict())
+    if method.renames:  # what replaces a layer lives under its name; all else keeps its own
+        replaced = {path for edit in history(model) if isinstance(edit, Replace) for path in edit.layers}
+        inside = tuple(f"{path}." for path in replaced)
+        names, before = ([name for name in all_ if not name.startswith(inside)] for all_ in (names, before))
+        assert replaced
+    assert names == before
     x = torch.randn(2, 1, 8, 8)
     exported = torch.export.export(model, (x,))
     assert torch.allclose(exported.module()(x), model(x), atol=1e-6)

@@ -1,0 +1,201 @@
+"""What a compressed network is worth in time: beside the dense one and a thin one of as many multiply-accumulates.
+
+Eager torch and ONNX Runtime, one thread each, the three networks in turns, in alternating order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnxruntime
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.distillation_runs import Place
+from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table
+from benchmarks.training_free_runs import REFUSALS, Found, Task
+from benchmarks.training_free_sides import compress
+from lightning_compress import measure
+from lightning_compress.calls import as_calls
+from lightning_compress.latency import Latency, compare_latency
+
+__all__ = ["BATCHES", "RUNTIMES", "THIN", "compare", "print_latency", "tasks_to_time", "timed_case"]
+
+RUNTIMES = ("eager", "ONNX Runtime")
+BATCHES = (1, 32)
+THIN = "thin"
+PARITY = 1e-4  # largest difference of an exported network's outputs, relative to their largest
+FASTER = 1.05  # below it a network is not called faster: what repeated runs differ by
+WIDTHS = 512  # widths that the bisection tells apart
+
+
+class Exported(nn.Module):
+    """A network in ONNX Runtime, which is called as the network is; refused where its outputs differ."""
+
+    def __init__(self, net: nn.Module, image: Tensor) -> None:
+        super().__init__()
+        pair = image.expand(2, *image.shape[1:]).contiguous()  # with one sample the batch would be a constant
+        file = io.BytesIO()
+        with _quiet():
+            batch = torch.export.Dim("batch")
+            program = torch.onnx.export(net, (pair,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+        assert program is not None
+        program.save(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+        for size in BATCHES:
+            x = image + torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(size))
+            with torch.no_grad():
+                wanted = net(x)
+            difference = float((self(x) - wanted).abs().max() / wanted.abs().max())
+            if not difference <= PARITY:
+                raise ValueError(f"exported to ONNX, outputs differ by {difference:.1e} of their largest")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of a batch."""
+        return torch.from_numpy(self.session.run(None, {self.input: x.numpy()})[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's running commentary."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def thin_network(cell: Cell, macs: int, image: Tensor) -> tuple[nn.Module, float]:
+    """The widest network of the same architecture with at most so many multiply-accumulates, and its width."""
+
+    def made(step: int) -> nn.Module:
+        return build(cell.net, image.shape[1], step / WIDTHS).eval()
+
+    low, high = 1, WIDTHS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if measure(made(middle), image).macs <= macs else (low, middle - 1)
+    return made(low), low / WIDTHS
+
+
+def tasks_to_time(cell: Cell, tasks: list[Task]) -> list[Task]:
+    """One task for each of our operators: made from data, at the largest budget, or wherever it replaces all layers."""
+    chosen: dict[str, Task] = {}
+    for task in tasks:
+        if task.cell == cell and task.side.startswith("ours ") and task.variant == "data":
+            chosen[task.operator] = task if task.budget is None else chosen.get(task.operator, task)
+    return list(chosen.values())
+
+
+def timed_case(task: Task, runtime: str, batch: int) -> str:
+    """Of the JSON file."""
+    return f"latency; {task.cell.case}; {task.operator}; {task.where}; {runtime}; batch {batch}"
+
+
+def compare(task: Task, place: Place, repeats: int, seconds: float) -> list[Found]:
+    """Time the dense, the compressed and the thin network against each other.
+
+    Args:
+        task: what to compress, and how.
+        place: where the data is.
+        repeats: how many times each is timed.
+        seconds: about how long one batch size of one runtime may take.
+    """
+    dense = dense_network(task.cell, place).net
+    x = calibration_images(task.cell, place)
+    image = x[:1].contiguous()
+    try:
+        net = compress(dense, task.operator, task.variant, task.budget, x).net
+    except REFUSALS as error:
+        refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return [
+            Found(timed_case(task, runtime, batch), task.side, refused) for runtime in RUNTIMES for batch in BATCHES
+        ]
+    macs = measure(net, image).macs
+    thin, width = thin_network(task.cell, macs, image)
+    nets = {"dense": dense, task.side: net, THIN: thin}
+    own = {name: {"macs": measure(side, image).macs} for name, side in nets.items()}
+    own[THIN]["width"] = width
+    found = []
+    for runtime in RUNTIMES:
+        try:
+            sides = nets if runtime == "eager" else {n: Exported(side.eval(), image) for n, side in nets.items()}
+        except (ValueError, RuntimeError) as error:  # torch.onnx's errors are of the second kind
+            refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            found += [Found(timed_case(task, runtime, batch), task.side, refused) for batch in BATCHES]
+            continue
+        calls = {name: (side, as_calls(image)) for name, side in sides.items()}
+        times = compare_latency(calls, BATCHES, repeats=repeats, seconds=seconds)
+        for name, by_batch in times.items():
+            for batch, latency in by_batch.items():
+                found.append(Found(timed_case(task, runtime, batch), name, {**own[name], **_metrics(latency)}))
+    return found
+
+
+def _metrics(latency: Latency) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for clock, spread in (("wall_ms", latency.wall), ("cpu_ms", latency.cpu)):
+        values |= {clock: spread.median, f"{clock}_low": spread.low, f"{clock}_high": spread.high}
+    return {**values, "repeats": latency.repeats, "threads": latency.threads, "load": latency.load}
+
+
+def print_latency(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], cell: str, title: str, console: Console) -> None:
+    """The table of one network: how many times faster than the dense one, by processor time."""
+    start = f"latency; {cell}; "
+    ways = [(runtime, batch) for runtime in RUNTIMES for batch in BATCHES]
+    names = list(dict.fromkeys(case.removeprefix(start).rsplit("; ", 2)[0] for case in rows if case.startswith(start)))
+    if not names:
+        return
+    titles = [f"{runtime}, batch {batch}" for runtime, batch in ways]
+    table = marked_table("operator", "MACs", *titles, "in reality", left=1)
+    dense_ms: dict[str, list[float]] = {way: [] for way in titles}
+    refused = []
+    for name in names:
+        cells, gains, thin_gains, macs = [], {}, {}, ""
+        for way, (runtime, batch) in zip(titles, ways, strict=True):
+            sides = rows.get(f"{start}{name}; {runtime}; batch {batch}", {})
+            ours = next((metrics for side, metrics in sides.items() if side.startswith("ours ")), {})
+            if "cpu_ms" not in ours:
+                cells.append("refused" if ours else "")
+                refused.append(f"- {name}, {way}: {ours.get('refused', 'not measured')}")
+                continue
+            dense, thin = sides["dense"], sides[THIN]
+            gains[way], thin_gains[way] = dense["cpu_ms"] / ours["cpu_ms"], dense["cpu_ms"] / thin["cpu_ms"]
+            macs = f"{ours['macs'] / dense['macs']:.3f}"
+            cells.append(f"{gains[way]:.2f}× ({thin_gains[way]:.2f}×)")
+            dense_ms[way].append(dense["wall_ms"])
+        table.add_row(name.replace("; ", ", "), macs, *cells, _verdict(gains))
+    console.print(f"**{title}, latency.** How many times faster than the dense network (in brackets: the thin one).")
+    console.print(table)
+    for line in refused:
+        console.print(line)
+    times = ", ".join(f"{way} {statistics.median(ms):.2f} ms" for way, ms in dense_ms.items() if ms)
+    console.print(
+        f"Ratios of medians of processor time, one thread, the three in turns. Thin: the same architecture, as wide as "
+        f"the compressed network's multiply-accumulates allow, not trained. Faster: {FASTER:g}× or more. The dense "
+        f"network takes {times} (wall, median).\n"
+    )
+
+
+def _verdict(gains: Mapping[str, float]) -> str:
+    faster = [way for way, gain in gains.items() if gain >= FASTER]
+    if not gains:
+        return ""
+    if not faster:
+        return "on paper only"
+    return "faster" if len(faster) == len(gains) else f"faster: {'; '.join(faster)}"

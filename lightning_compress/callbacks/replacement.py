@@ -81,6 +81,7 @@ class LayerReplacement(CompressionCallback):
         """See `CompressionCallback`. What the budget can reach does not depend on data, so none is looked at."""
         captured = capture(trainer, pl_module, self.network)
         planner = self._plan_for(captured, informed=False)
+        planner.require()
         dense = dict(planner.dense)
         self._since = len(history(captured.network))
         if self.budget is None:

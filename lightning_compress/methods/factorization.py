@@ -164,6 +164,7 @@ def factorize(
     calls = as_calls(inputs)
     data = calls if calibration is None and init == "data" else tuple(calibration or ())
     planner = Planner(model, calls, forms, data if init == "data" else (), exclude)
+    planner.require()
     if budget is None:
         assert rank is not None
         planned = plan_ranks(planner, rank)

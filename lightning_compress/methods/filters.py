@@ -90,6 +90,7 @@ def compact_filters(
     calls = as_calls(inputs)
     data = calls if calibration is None and init == "data" else tuple(calibration or ())
     planner = Planner(model, calls, [form], data if init == "data" else (), exclude)
+    planner.require()
     if budget is None:
         planned = planner.everything(lambda _, candidates: candidates[0])
     else:

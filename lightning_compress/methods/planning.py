@@ -73,7 +73,7 @@ class Planner:
         keep: parameter name -> why its layer stays.
 
     Raises:
-        ValueError: a pattern that matches no layer; no layer can be replaced; data that is not finite.
+        ValueError: a pattern that matches no layer; data that is not finite.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Planner:
         keep: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.calls = model, calls
-        self.layers = find_layers(model, calls, DECOMPOSITIONS)
+        self.layers = find_layers(model, calls, {**DECOMPOSITIONS, **{form.name: form for form in forms}})
         self.left = dict(self.layers.left)
         footprint = measure(model, calls)
         self.dense = {"macs": float(footprint.macs), "params": float(footprint.params), "bytes": float(footprint.bytes)}
@@ -101,10 +101,17 @@ class Planner:
                 self.left[layer.path] = str(reasons[0])
             else:
                 self.forms[layer.path] = forms[reasons.index(None)]
+        self.candidates = self._candidates(calibration)
+
+    def require(self) -> None:
+        """Raise if no layer can be replaced.
+
+        Raises:
+            ValueError: with the reasons.
+        """
         if not self.forms:
             why = "; ".join(f"{path} {reason}" for path, reason in list(self.left.items())[:5])
             raise ValueError(f"there is no layer in this network that could be replaced: {why or 'it has none'}")
-        self.candidates = self._candidates(calibration)
 
     @property
     def replaceable(self) -> list[Layer]:

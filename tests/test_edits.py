@@ -14,13 +14,18 @@ from torch import nn
 from lightning_compress.edits import (
     EditError,
     Keep,
+    Replace,
+    Replacement,
+    Spec,
     apply_edits,
+    describe,
     edits_from_json,
     edits_to_json,
     history,
     rewind_edits,
     skeleton,
 )
+from lightning_compress.optimizers import follow_edits
 
 
 def net() -> nn.Sequential:
@@ -141,3 +146,97 @@ def test_json_round_trip(chosen: tuple[int, ...]) -> None:
 def test_damaged_json_is_refused(damage: dict[str, Any]) -> None:
     with pytest.raises(EditError, match=r"unknown kind|damaged"):
         edits_from_json([{**keep().to_json(), **damage}])
+
+
+def chain(rank: int = 2) -> Replace:
+    pair = nn.Linear(4, rank, bias=False), nn.Linear(rank, 6)
+    return Replace({"0": (describe(nn.Linear(4, 6)), _chain_spec(*pair))}, "test")
+
+
+def _chain_spec(*layers: nn.Module) -> Spec:
+    return {"type": "Chain", "form": "channel", "layers": tuple(describe(layer) for layer in layers)}
+
+
+def test_a_replaced_layer_keeps_its_bias_its_mode_and_its_hooks() -> None:
+    model = net().eval()
+    bias = model[0].bias
+    seen: list[torch.Size] = []
+    handle = model[0].register_forward_hook(lambda _, __, output: seen.append(output.shape))
+    [change] = apply_edits(model, [chain()])
+    assert model[0][1].bias is bias
+    assert not model[0].training
+    model(torch.ones(3, 4))
+    handle.remove()
+    model(torch.ones(3, 4))
+    assert seen == [torch.Size([3, 6])]
+    assert isinstance(change, Replacement)
+    assert [p.shape for p in change.old] == [(6, 4)]
+    assert [p.shape for p in change.new] == [(2, 4), (6, 2)]
+
+
+def test_a_layer_under_two_names_is_replaced_under_both() -> None:
+    model = net()
+    model.again = model[0]  # type: ignore[assignment]
+    apply_edits(model, [chain()])
+    assert model.again is model[0]
+
+
+def test_replacements_are_undone_and_replayed_in_any_mixture() -> None:
+    """A replacement, then a cut inside of what it put there, on a network, a skeleton and from JSON."""
+    inner = Keep(
+        slices={"0.0.weight": {0: (1,)}, "0.1.weight": {1: (1,)}},
+        sizes={"0.0.weight": (2, 4), "0.1.weight": (6, 2)},
+        attributes={"0.0": {"out_features": (2, 1)}, "0.1": {"in_features": (2, 1)}},
+    )
+    edits = edits_from_json(json.loads(json.dumps(edits_to_json([chain(), inner]))))
+    assert edits == (chain(), inner)
+    for model in (net(), skeleton(net())):
+        apply_edits(model, edits)
+        assert [tuple(p.shape) for p in model[0].parameters()] == [(1, 4), (6, 1), (6,)]
+        rewind_edits(model)
+        assert [(n, p.shape) for n, p in model.named_parameters()] == [
+            (n, p.shape) for n, p in net().named_parameters()
+        ]
+        assert describe(model[0]) == describe(nn.Linear(4, 6))
+        apply_edits(model, edits)
+        assert history(model) == edits
+
+
+def test_a_replacement_that_does_not_fit_changes_nothing() -> None:
+    model = net()
+    before = repr(model)
+    wrong = Replace({"0": (describe(nn.Linear(4, 7)), _chain_spec(nn.Linear(4, 7)))})
+    for edits, message in (
+        ([chain(), chain()], r"'0': expected Linear\(4, 6\), got Chain\(.*\); was it applied before"),
+        ([wrong], r"expected Linear\(4, 7\), got Linear\(4, 6\)"),
+        ([Replace({"9": (describe(nn.Linear(4, 6)), {})})], "'9': the network has no such layer"),
+        ([Replace({"0": (describe(nn.Linear(4, 6)), {"type": "Linjear"})})], "unknown type of layer 'Linjear'; known"),
+        ([Replace({"0": (describe(nn.Linear(4, 6)), {"type": "Linear"})})], "a Linear cannot be made of"),
+    ):
+        with pytest.raises(EditError, match=message):
+            apply_edits(model, edits)
+    assert repr(model) == before
+    assert history(model) == ()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_optimizers_hold_new_parameters_where_old_ones_stood(groups: int) -> None:
+    model = net()
+    parameters = list(model.parameters())
+    split = [{"params": parameters[:1]}, {"params": parameters[1:]}] if groups == 2 else [{"params": parameters}]
+    optimizer = torch.optim.Adam(split, lr=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    kept = optimizer.state[model[0].bias]["exp_avg"]
+    follow_edits(optimizer, apply_edits(model, [chain()]))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in model.parameters()]
+    assert set(optimizer.state) <= set(held)
+    assert optimizer.state[model[0][1].bias]["exp_avg"] is kept
+    nn.init.ones_(model[0][0].weight)
+    nn.init.ones_(model[0][1].weight)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

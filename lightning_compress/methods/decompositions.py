@@ -273,7 +273,8 @@ class CP(Form):
         found = []
         for rank in ranks:
             factors = self.start(geometry, weight, rank, None)
-            found.append(Candidate(rank, objective.error(self.compose(geometry, factors).flatten(2))))
+            error = objective.error(self.compose(geometry, factors).flatten(2))
+            found.append(Candidate(rank, min(1.0, error)))  # on data a bad start may lose more than there is
         return found
 
     def start(self, geometry: Geometry, weight: Tensor, rank: int, second: Tensor | None) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -38,7 +39,10 @@ MEMORY = 1 << 24
 TIMED = 8
 """Options of a layer that are timed for a budget of latency."""
 
-TRIES = 8
+TENSOR_ENTRY = 250
+"""Bytes, roughly, that the names and shapes of a replaced layer's tensors take in a file."""
+
+TRIES = 12
 """Times that a plan is tightened until the whole network, timed or written, is within the budget."""
 
 
@@ -247,7 +251,8 @@ class Planner:
 
         def option(choice: Planned | None, error: float, spec: Spec, rank: Any) -> Option:
             cost = price(spec, layer.places)
-            costs = {"macs": cost.macs, "params": float(cost.params), "bytes": 4.0 * cost.params}
+            edited = 0 if choice is None else len(json.dumps([layer.spec, spec])) + TENSOR_ENTRY
+            costs = {"macs": cost.macs, "params": float(cost.params), "bytes": 4.0 * cost.params + edited}
             return Option(choice, error, {**costs, "latency": timed[rank] if timed else 0.0})
 
         found = [option(None, 0.0, layer.spec, None)]

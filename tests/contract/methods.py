@@ -85,5 +85,7 @@ METHODS: dict[str, Method] = {
     "low_rank": Method(_low_rank(), budget=0.6, renames=True),
     "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),
     "low_rank_then_pruning": Method(_factorized_and_pruned, renames=True),
-    "compact_filters": Method(_compact("depthwise_separable", rank=None), budget=0.7, slack=0.1, twice=0.85, renames=True),
+    "compact_filters": Method(
+        _compact("depthwise_separable", rank=None), budget=0.7, slack=0.1, twice=0.85, renames=True
+    ),
 }

@@ -58,7 +58,7 @@ class LayerReplacement(CompressionCallback):
         self.budget, self.init, self.samples, self.exclude = budget, init, samples, tuple(exclude)
         self.errors: dict[str, float] = {}
         self._since = 0  # edits that the network had been through before this run
-        self._planner: Planner | None = None
+        self._plan: tuple[Planner, list[Planned]] | None = None
         self._fit: Fit | None = None
 
     # What a method answers.
@@ -80,7 +80,7 @@ class LayerReplacement(CompressionCallback):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """See `CompressionCallback`. What the budget can reach does not depend on data, so none is looked at."""
         captured = capture(trainer, pl_module, self.network)
-        planner = self._plan_for(captured, informed=False)
+        planner = self._planner(captured, informed=False)
         planner.require()
         dense = dict(planner.dense)
         self._since = len(history(captured.network))
@@ -99,7 +99,7 @@ class LayerReplacement(CompressionCallback):
     ) -> tuple[Captured, Sequence[Edit], Mapping[str, str]]:
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network, self.samples)
-        planner = self._planner = self._plan_for(captured, informed=self.init == "data")
+        planner = self._planner(captured, informed=self.init == "data")
         if self.budget is None:
             planned = self._next(self.everything(planner), captured, amount)
         else:
@@ -107,16 +107,18 @@ class LayerReplacement(CompressionCallback):
             if self.budget.latency is not None:
                 stopwatch = Stopwatch.resume(captured.network, self._since, captured.calls, self.dense["latency"])
             planned = self.within(planner, self.budget.relaxed(amount, self.dense), stopwatch)
+        self._plan = planner, planned
         return captured, [replacement(planned, self.origin)] if planned else [], planner.left
 
     def prepare(self, captured: Captured, edits: Sequence[Edit]) -> None:
         """See `CompressionCallback`: one layer after another is fitted on what those before it will give."""
         [edit] = edits
         assert isinstance(edit, Replace)
-        assert self._planner is not None
-        planned, layers = self._planner.recover(edit), self._planner.layers
-        self._planner = None
-        self._fit = fit(captured.network, layers, planned, captured.calibration, self.init, self.origin)
+        assert self._plan is not None
+        (planner, planned), self._plan = self._plan, None
+        if replacement(planned, self.origin) != edit:  # rank 0 has planned otherwise
+            planned = planner.recover(edit)
+        self._fit = fit(captured.network, planner.layers, planned, captured.calibration, self.init, self.origin)
         self.errors |= self._fit.errors
         errors = self._fit.errors
         worst = max(errors, key=errors.__getitem__)
@@ -153,7 +155,7 @@ class LayerReplacement(CompressionCallback):
         left = [item for item in planned if item.layer.spec["type"] != "Chain"]
         return left[: math.ceil(amount * (done + len(left))) - done]
 
-    def _plan_for(self, captured: Captured, informed: bool) -> Planner:
+    def _planner(self, captured: Captured, informed: bool) -> Planner:
         keep = dict.fromkeys(captured.outside, "is used outside of the network's calls")
         data = captured.calibration if informed else ()
         return Planner(captured.network, captured.calls, self.forms(), data, self.exclude, keep)

@@ -42,8 +42,8 @@ TIMED = 8
 TENSOR_ENTRY = 250
 """Bytes, roughly, that the names and shapes of a replaced layer's tensors take in a file."""
 
-TRIES = 12
-"""Times that a plan is tightened until the whole network, timed or written, is within the budget."""
+PROBES = 5
+"""Steps of the search for the plan that just meets a limit which is measured on the whole network."""
 
 
 @dataclass(frozen=True)
@@ -149,20 +149,32 @@ class Planner:
         dense = {**self.dense, "latency": 0.0 if stopwatch is None else stopwatch(self._copy())}
         rest = {unit: dense[unit] - sum(layer[0].costs[unit] for layer in options) for unit in limits}
         solve = allocate if allocation == "greedy" else share_out
-        targets = dict(limits)
-        for _ in range(TRIES):
-            planned = self._planned(solve(options, rest, targets))
-            over = self._excess(planned, limits, stopwatch)
-            if not over:
-                return planned
-            for unit, excess in over.items():
-                targets[unit] -= excess * 1.05
-        raise BudgetError(
-            f"a budget of {', '.join(f'{limits[unit]:,.0f} {unit}' for unit in over)} cannot be met by replacing "
-            f"layers: after {TRIES} tries the network is still over it by "
-            f"{', '.join(f'{excess:,.0f}' for excess in over.values())}; the lowest reachable is near "
-            f"{', '.join(f'{limits[unit] + excess:,.0f}' for unit, excess in over.items())}"
-        )
+        measured = [unit for unit in ("bytes", "latency") if unit in limits]
+        lowest = {u: rest[u] + sum(min(o.costs[u] for o in layer) for layer in options) for u in measured}
+
+        def attempt(strictness: float) -> tuple[list[Planned], dict[str, float]]:
+            """The plan for limits on the way to the lowest that there is, and how far it is over the real ones."""
+            strict = {u: max(limits[u] - strictness * (limits[u] - lowest[u]), lowest[u]) for u in measured}
+            planned = self._planned(solve(options, rest, {**limits, **strict}))
+            return planned, self._excess(planned, limits, stopwatch)
+
+        planned, over = attempt(0.0)
+        if not over:
+            return planned
+        best, over = attempt(1.0)
+        if over:
+            unit = max(over, key=lambda unit: over[unit] / limits[unit])
+            least = limits[unit] + over[unit]
+            raise BudgetError(
+                f"a budget of {limits[unit]:,.0f} {unit} cannot be met: this network has {dense[unit]:,.0f}, and the "
+                f"lowest reachable by replacing layers is {least:,.0f} ({least / dense[unit]:.3f} of it), as measured"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(PROBES):
+            middle = (low + high) / 2
+            planned, over = attempt(middle)
+            low, high, best = (middle, high, best) if over else (low, middle, planned)
+        return best
 
     def everything(self, choose: Callable[[Layer, Sequence[Candidate]], Candidate | None]) -> list[Planned]:
         """A plan by a rule for each layer; None, or what is not cheaper in parameters and arithmetic, leaves it."""

@@ -199,7 +199,7 @@ def test_awkward_layers_are_handled_or_left_by_name() -> None:
     model = randomize(Awkward()).eval()
     reestimate_batchnorm(model, CALLS)
     wanted = outputs(model)
-    done = factorize(model, X[:4], rank={"twice": 8}, calibration=CALLS)
+    done = factorize(model, X[:4], rank={"twice": 14}, calibration=CALLS)
     assert done.left["tied"] == done.left["other"] == "shares its weight with another layer"
     assert done.left["by_hand"] == "has a weight that is also used outside of its own call"
     assert done.left["never"] == "is not called on the data"
@@ -294,7 +294,8 @@ def test_ranks_by_rule() -> None:
     assert done.ranks
     assert next(iter(done.errors.values())) < 0.1 + 1e-6
     model = net()
-    assert factorize(model, X[:4], rank="vbmf", decomposition="tucker", calibration=CALLS).left
+    done = factorize(model, X[:4], rank="vbmf", decomposition="tucker", calibration=CALLS)
+    assert set(done.ranks.values()) == {1, (1, 1)}, "random weights are noise"
 
 
 def test_a_layer_with_larger_patches_than_moments_are_kept_of(monkeypatch: pytest.MonkeyPatch) -> None:

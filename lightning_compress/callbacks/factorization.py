@@ -29,6 +29,7 @@ class LowRankFactorization(LayerReplacement):
         decomposition: `spatial` (k x 1 and 1 x k), `channel` (fewer channels and back), `tucker`, `cp`. Linear layers
             and pointwise convolutions are always split in two.
         rank: without a budget, a rule for each layer: `energy:0.95`, `vbmf`, one rank, or path -> rank.
+        round_to: ranks above this are multiples of it, unless `rank` gives them: other widths are slow.
         allocation: how a budget is shared out: `greedy` or `uniform`.
         init: where new weights come from: `data`, `weights` or `random`.
         samples: number of calibration samples.
@@ -56,6 +57,7 @@ class LowRankFactorization(LayerReplacement):
         budget: Budget | None = None,
         decomposition: str = "spatial",
         rank: Rank | None = None,
+        round_to: int = 8,
         allocation: Allocation = "greedy",
         init: Init = "data",
         samples: int = 512,
@@ -84,12 +86,12 @@ class LowRankFactorization(LayerReplacement):
             check_rank(rank)
         if allocation not in get_args(Allocation):
             raise ValueError(f"`allocation` must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
-        low_rank_forms(decomposition)
-        self.decomposition, self.rank, self.allocation = decomposition, rank, allocation
+        low_rank_forms(decomposition, round_to)
+        self.decomposition, self.rank, self.round_to, self.allocation = decomposition, rank, round_to, allocation
 
     def forms(self) -> list[Form]:
         """See `LayerReplacement`."""
-        return low_rank_forms(self.decomposition)
+        return low_rank_forms(self.decomposition, self.round_to)
 
     def everything(self, planner: Planner) -> list[Planned]:
         """See `LayerReplacement`."""

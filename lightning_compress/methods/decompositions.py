@@ -18,7 +18,7 @@ from lightning_compress.methods.approximation import Candidate, Factors, Form, l
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Objective
 
-__all__ = ["CP", "DECOMPOSITIONS", "Channel", "Spatial", "Tucker"]
+__all__ = ["CP", "DECOMPOSITIONS", "Channel", "Decomposition", "Spatial", "Tucker"]
 
 
 def _tails(squares: Tensor) -> list[float]:
@@ -49,7 +49,34 @@ def _balance(first: Tensor, last: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Channel(Form):
+class Decomposition(Form):
+    """A form whose size is a rank, or two.
+
+    Args:
+        round_to: ranks above this are multiples of it: kernels for vectors of 8 or 16 channels make other widths slower
+            than they look.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
+
+    def ranks(self, most: int) -> list[int]:
+        """The ranks worth considering up to one, from the largest."""
+        return [rank for rank in range(most, 0, -1) if rank < self.round_to or not rank % self.round_to] or [1]
+
+    def rounded(self, rank: int, most: int) -> int:
+        """The next rank upwards that is worth considering; the largest if there is none."""
+        return rank if rank < self.round_to else min(-(-rank // self.round_to) * self.round_to, most)
+
+
+@dataclass(frozen=True)
+class Channel(Decomposition):
     """The layer with fewer outputs, then a pointwise one that brings them back; the SVD of a linear layer.
 
     Zhang, Zou, He and Sun 2015, 'Accelerating very deep convolutional networks' (arXiv 1505.06798): the best of all
@@ -75,7 +102,7 @@ class Channel(Form):
         """See `Form`."""
         tails = _tails(self._principal(weight, second)[1])
         most = min(geometry.matrix[1:])
-        return [Candidate(rank, tails[rank - 1]) for rank in range(most, 0, -1)]
+        return [Candidate(rank, tails[rank - 1]) for rank in self.ranks(most)]
 
     def start(self, geometry: Geometry, weight: Tensor, rank: int, second: Tensor | None) -> Factors:
         """See `Form`."""
@@ -98,7 +125,7 @@ class Channel(Form):
 
 
 @dataclass(frozen=True)
-class Spatial(Form):
+class Spatial(Decomposition):
     """A k x 1 convolution, then a 1 x k one.
 
     Jaderberg, Vedaldi and Zisserman 2014, 'Speeding up convolutional neural networks with low rank expansions'
@@ -126,7 +153,7 @@ class Spatial(Form):
         """See `Form`."""
         tails = _tails(self._columns(geometry, weight, second)[1])
         most = min(weight.shape[2] * geometry.kernel[0], weight.shape[1] * geometry.kernel[1])
-        return [Candidate(rank, tails[rank - 1]) for rank in range(most, 0, -1)]
+        return [Candidate(rank, tails[rank - 1]) for rank in self.ranks(most)]
 
     def start(self, geometry: Geometry, weight: Tensor, rank: int, second: Tensor | None) -> Factors:
         """See `Form`."""
@@ -161,7 +188,7 @@ class Spatial(Form):
 
 
 @dataclass(frozen=True)
-class Tucker(Form):
+class Tucker(Decomposition):
     """A pointwise layer to fewer channels, the kernel between few channels, a pointwise layer back: Tucker-2.
 
     Kim et al. 2015, 'Compression of deep convolutional neural networks for fast and low power mobile applications'
@@ -196,7 +223,7 @@ class Tucker(Form):
         chosen = [levels[round(i * (len(levels) - 1) / self.STEPS)] for i in range(self.STEPS + 1)]
         found: dict[tuple[int, int], Candidate] = {}
         for level in chosen:
-            ranks = _least(inner, level), _least(outer, level)
+            ranks = self.rounded(_least(inner, level), len(inner)), self.rounded(_least(outer, level), len(outer))
             found[ranks] = Candidate(ranks, min(1.0, inner[ranks[0] - 1] + outer[ranks[1] - 1]))
         return list(found.values())
 
@@ -236,7 +263,7 @@ class Tucker(Form):
 
 
 @dataclass(frozen=True)
-class CP(Form):
+class CP(Decomposition):
     """Pointwise, k x 1 and 1 x k depthwise, pointwise: the kernel as a sum of `rank` separable ones (CP, PARAFAC).
 
     Lebedev et al. 2014, 'Speeding-up convolutional neural networks using fine-tuned CP-decomposition'
@@ -268,7 +295,8 @@ class CP(Form):
     def candidates(self, geometry: Geometry, weight: Tensor, second: Tensor | None) -> list[Candidate]:
         """See `Form`."""
         most = min(math.prod(weight.shape[1:]) // max(weight.shape[1:]), 2 * max(weight.shape[1:3]))
-        ranks = sorted({max(1, round(most * 2 ** (-step / 2))) for step in range(12)}, reverse=True)
+        grid = {self.rounded(max(1, round(most * 2 ** (-step / 2))), most) for step in range(12)}
+        ranks = sorted(grid, reverse=True)
         objective = Objective.of_weight(weight) if second is None else _own(weight, second)
         found = []
         for rank in ranks:
@@ -335,4 +363,4 @@ def _least(tails: Sequence[float], level: float) -> int:
     return next((rank for rank, tail in enumerate(tails, 1) if tail <= level), len(tails))
 
 
-DECOMPOSITIONS: Mapping[str, Form] = {form.name: form for form in (Spatial(), Channel(), Tucker(), CP())}
+DECOMPOSITIONS: Mapping[str, Decomposition] = {form.name: form for form in (Spatial(), Channel(), Tucker(), CP())}

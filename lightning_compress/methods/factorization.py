@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,15 +25,15 @@ ORIGIN = "low_rank"
 Rank = str | int | Mapping[str, Any]
 
 
-def low_rank_forms(decomposition: str) -> list[Form]:
+def low_rank_forms(decomposition: str, round_to: int = 1) -> list[Form]:
     """The decomposition by its name, and the one that takes the layers which have no kernel to decompose.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name; `round_to` is below 1.
     """
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"`decomposition` must be one of {', '.join(DECOMPOSITIONS)}, got {decomposition!r}")
-    return [DECOMPOSITIONS[decomposition], DECOMPOSITIONS["channel"]]
+    return [replace(DECOMPOSITIONS[name], round_to=round_to) for name in (decomposition, "channel")]
 
 
 def plan_ranks(planner: Planner, rank: Rank) -> list[Planned]:
@@ -120,6 +121,7 @@ def factorize(
     *,
     decomposition: str = "spatial",
     rank: Rank | None = None,
+    round_to: int = 8,
     allocation: Allocation = "greedy",
     init: Init = "data",
     calibration: Sequence[Call] | None = None,
@@ -137,6 +139,7 @@ def factorize(
         decomposition: `spatial` (k x 1 and 1 x k), `channel` (fewer channels and back), `tucker` or `cp`; linear layers
             and pointwise convolutions always by `channel`, for them the singular value decomposition.
         rank: instead of a budget, a rule for each layer: `energy:0.95`, `vbmf`, one rank, or path -> rank.
+        round_to: ranks above this are multiples of it, unless `rank` gives them: other widths are slow.
         allocation: how a budget is shared out: `greedy` (least error for what is saved), `uniform`.
         init: `data`, `weights` (as other tools do) or `random`.
         calibration: a few hundred unlabelled inputs, as calls; by default `inputs`.
@@ -160,7 +163,7 @@ def factorize(
     """
     if (budget is None) == (rank is None):
         raise ValueError("give either a budget or a rank")
-    forms = low_rank_forms(decomposition)
+    forms = low_rank_forms(decomposition, round_to)
     calls = as_calls(inputs)
     data = calls if calibration is None and init == "data" else tuple(calibration or ())
     planner = Planner(model, calls, forms, data if init == "data" else (), exclude)

@@ -48,7 +48,7 @@ def _pruning(**options: object) -> Callable[[Budget], list[L.Callback]]:
 
 
 def _low_rank(**options: object) -> Callable[[Budget], list[L.Callback]]:
-    life: dict[str, object] = {"start": 1, "end": 3, "steps": 2, "schedule": "linear", "samples": 32}
+    life: dict[str, object] = {"start": 1, "end": 3, "steps": 2, "schedule": "linear", "samples": 32, "round_to": 1}
     return lambda budget: [LowRankFactorization(budget, **{**life, **options})]  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ from lightning_compress.files import write_atomic
 
 WIDTH = 200  # of tables that go to a file
 USUAL_VARIANTS = [variant for variant in VARIANTS if variant != "random"]  # which without training is chance
-DECOMPOSITIONS = ("spatial", "channel", "tucker", "cp")
+COSTED = {True: ("spatial",), False: ("spatial", "channel", "tucker", "cp")}  # quick or not
 Work = tuple[Callable[..., Found], tuple[Any, ...]]
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     if "latency" in parts:
         time_all(options, cells, place, results, tasks, console)
     if "calibration" in parts:
-        for decomposition in DECOMPOSITIONS:
+        for decomposition in COSTED[options.quick]:
             if decomposition in options.only and not results.has(cost_case(decomposition)):
                 results.add(measure_cost(decomposition))
                 console.print(f"{cost_case(decomposition)}: done")

@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -145,54 +145,41 @@ def _step_times() -> list[tuple[float, float]]:
 
 
 def _memory(what: str, decomposition: str) -> dict[str, Any]:
-    """In processes of their own, whose memory nothing else has touched."""
-    found: dict[str, Any] = {}
-    for name in ("peak_bytes", "rss_bytes"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (torch.get_num_threads(),)) as pool:
-            found[name] = pool.submit(_peak, what, decomposition, name).result()
-    return found
+    """In a process of its own, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (torch.get_num_threads(),)) as pool:
+        return pool.submit(_peak, what, decomposition).result()
 
 
-def _peak(what: str, decomposition: str, kind: str) -> int | None:
+def _peak(what: str, decomposition: str) -> dict[str, Any]:
+    def calibrate(net: nn.Module, x: Tensor, macs: float) -> None:
+        factorize(net, x[:2], Budget(macs=macs), decomposition=decomposition, init="data", calibration=in_chunks(x))
+
+    small = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    calibrate(small, torch.randn(16, 3, 8, 8), 0.8)  # what is loaded once, and stays, is no cost of calibration
     net, x = _network(), _inputs()
-    calls = in_chunks(x)
-
-    def run() -> None:
+    with torch.no_grad():
+        net(x[:1])
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if refs.exists():
+        refs.write_text("5")  # the high-water mark starts anew
+    before = _kilobytes(status, "VmRSS")
+    with PeakMemory([*net.parameters(), *net.buffers(), x]) as mode:
         if what == "calibration":
-            factorize(net, x[:2], Budget(macs=MACS), decomposition=decomposition, init="data", calibration=calls)
+            calibrate(net, x, MACS)
         elif what == "forward":
             with torch.no_grad():
                 net(x[:FORWARD_BATCH])
         else:
             net.train()
             F.cross_entropy(net(x[:FORWARD_BATCH]), torch.arange(FORWARD_BATCH) % 10).backward()
-
-    with torch.no_grad():
-        net(x[:1])  # what torch itself needs once
-    return _resident(run) if kind == "rss_bytes" else _tensors(run, net, x, calls)
+    after = _kilobytes(status, "VmHWM")
+    return {"peak_bytes": mode.peak, "rss_bytes": None if before is None else 1024 * (after - before)}
 
 
-def _tensors(run: Callable[[], None], net: nn.Module, x: Tensor, calls: Iterable[Any]) -> int:
-    existing = [*net.parameters(), *net.buffers(), x, *(t for call in calls for t in call.tensors())]
-    with PeakMemory(existing) as mode:
-        run()
-    return mode.peak
-
-
-def _resident(run: Callable[[], None]) -> int | None:
-    """What the process's resident memory grew by at most; None where the system does not tell."""
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not refs.exists():
-        return None
-    refs.write_text("5")  # the high-water mark starts anew
-
-    def read(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
-        return 1024 * int(found[1]) if found else 0
-
-    before = read("VmRSS")
-    run()
-    return read("VmHWM") - before
+def _kilobytes(status: Path, field: str) -> Any:
+    """What the system says of this process; None where it does not tell."""
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) if found else None
 
 
 def print_costs(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> None:

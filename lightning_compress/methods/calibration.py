@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Layer:
         places: for each of its calls on one sample, how many inputs it gets and their sides.
         norm: name of the BatchNorm that its outputs, and no others, go to.
         informed: whether moments of its inputs may be taken; else only its weight is known.
+        scale: what that norm makes of each output, [outputs], of geometric mean 1; None: there is no norm.
     """
 
     path: str
@@ -54,6 +55,16 @@ class Layer:
     places: tuple[tuple[int, tuple[int, ...]], ...]
     norm: str | None = None
     informed: bool = True
+    scale: Tensor | None = None
+
+    @property
+    def scaled(self) -> Layer:
+        """The layer with outputs as large as the norm behind it makes them: errors count where they matter."""
+        if self.scale is None:
+            return self
+        shape = self.weight.shape[:2] + (1,) * (self.weight.dim() - 2)
+        bias = None if self.bias is None else self.bias * self.scale.to(self.bias.dtype)
+        return replace(self, weight=self.weight * self.scale.view(shape), bias=bias)
 
     @property
     def centred(self) -> bool:
@@ -106,7 +117,9 @@ def find_layers(model: nn.Module, calls: Sequence[Call], forms: Mapping[str, For
         assert spec is not None
         added = (module[-1] if isinstance(module, Chain) else module)._parameters.get("bias")
         bias = None if added is None else added.detach()
-        found.append(Layer(path, geometry, weight, bias, spec, tuple(trace.places[path]), trace.norm(path), informed))
+        norm = trace.norm(path)
+        scale = None if norm is None else _scale(model.get_submodule(norm))
+        found.append(Layer(path, geometry, weight, bias, spec, tuple(trace.places[path]), norm, informed, scale))
     return Layers(tuple(found), left, tuple(trace.hits))
 
 
@@ -154,6 +167,19 @@ def _amounts_to(form: Form, chain: Chain) -> tuple[Geometry, Tensor]:
     pairs = zip(chain, parts, strict=True)
     factors = tuple(part.canonical(weight_of(layer).detach().double()) for layer, part in pairs)
     return geometry, form.compose(geometry, factors)
+
+
+def _scale(norm: nn.Module) -> Tensor | None:
+    """What a BatchNorm multiplies each channel by."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if norm.running_var is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double().abs()
+    scale = scale.clamp_min(1e-3 * float(scale.max()))  # a channel that is switched off may be switched on again
+    scale = scale / scale.log().mean().exp()
+    return scale if torch.isfinite(scale).all() else None
 
 
 def _reason(

@@ -250,13 +250,14 @@ class Planner:
         return found
 
     def _weigh(self, layer: Layer, moments: Moments | None) -> list[Candidate]:
-        second = None
-        if moments is not None:
-            try:
-                second = moments.objective(layer.centred, layer.weight.flatten(2)).second
-            except ValueError as error:
-                raise ValueError(f"{layer.path}: {error}") from error
-        return self.forms[layer.path].candidates(layer.geometry, layer.weight, second)
+        if moments is None:
+            return self.forms[layer.path].candidates(layer.geometry, layer.weight, None)
+        weight = layer.scaled.weight
+        try:
+            second = moments.objective(layer.centred, weight.flatten(2)).second
+        except ValueError as error:
+            raise ValueError(f"{layer.path}: {error}") from error
+        return self.forms[layer.path].candidates(layer.geometry, weight, second)
 
     def _options(self, layer: Layer, timed: Mapping[Any, float] | None) -> list[Option]:
         """Staying as it is, and the candidates; with times, only those that were timed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -95,8 +95,11 @@ class Data:
         Raises:
             ValueError: values that are not finite; the message names the layer.
         """
+        scale = self.layer.scale
 
         def see(x: Tensor, y: Tensor) -> None:
+            if scale is not None:
+                y = y * scale.to(y.dtype).view(-1, *[1] * len(self.layer.geometry.kernel))
             moments.add(x, wanted(y))
 
         compare_outputs(self.model, self.trial, self.layers, self.layer.path, self.calls, see, inner)
@@ -163,7 +166,8 @@ def fit(
         trial = skeleton(model, lambda tensor: tensor)
     for module in trial.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean = module.running_mean.clone()  # corrected on the way
+            module.running_mean = module.running_mean.clone()  # corrected on the way, as is the variance
+            module.running_var = None if module.running_var is None else module.running_var.clone()
     errors: dict[str, float] = {}
     place = {layer.path: number for number, layer in enumerate(layers.found)}
     for item in sorted(planned, key=lambda item: place[item.layer.path]):
@@ -174,9 +178,23 @@ def fit(
             for name, parameter in part._parameters.items():
                 if parameter is not None:  # a bias that was carried over is still the network's own
                     part._parameters[name] = nn.Parameter(parameter.detach().clone())
+        layer = replace(item.layer, scale=None)
+        if init == "data" and item.layer.norm is not None and item.layer.scale is not None:
+            layer = item.layer.scaled
+            _scale_norm(trial.get_submodule(item.layer.norm), item.layer.scale)
         try:
             with torch.no_grad():
-                errors[path] = item.form.fit(item.rank, module, Data(item.layer, model, trial, layers, calls), init)
+                errors[path] = item.form.fit(item.rank, module, Data(layer, model, trial, layers, calls), init)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from problem
     return Fit(replacement(planned, origin), errors, trial, calls)
+
+
+def _scale_norm(norm: nn.Module, scale: Tensor) -> None:
+    """Let a BatchNorm give what it gave, of inputs that are scaled."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = scale.to(norm.running_mean.dtype)
+    norm.running_mean *= factor
+    norm.running_var.copy_((norm.running_var + norm.eps) * factor.square() - norm.eps)

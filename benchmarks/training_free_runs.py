@@ -25,7 +25,7 @@ from benchmarks.training_free_nets import (
     train_dense,
     trainer,
 )
-from benchmarks.training_free_sides import OPERATORS, compress, variants_of
+from benchmarks.training_free_sides import OPERATORS, compress, compressing, variants_of
 from lightning_compress import Distillation, measure
 from lightning_compress.distill import Term
 from lightning_compress.distill.losses import KD
@@ -201,19 +201,50 @@ def _untrained(task: Task, place: Place) -> dict[str, Any]:
 
 
 def _recovered(task: Task, place: Place, seed: int) -> dict[str, Any]:
+    """As a user would: one callback that compresses before the first step, one that lets the dense network teach."""
     cell, recipe = task.cell, task.cell.recipe
     dense = dense_network(cell, place)
     data = images(cell.data, place, recipe.samples, recipe.augment, RECOVERY_BATCH)
     L.seed_everything(seed, workers=True, verbose=False)
-    net, metrics = _compressed(task, place)
-    before = accuracy(net, cell.data, place)
+    net = copy.deepcopy(dense.net).train()
+    begin = AtTheBeginning(lambda: accuracy(net, cell.data, place))
     losses = {"kd": Term(KD(temperature=KD_TEMPERATURE), KD_WEIGHT)}
-    teaching = Distillation(copy.deepcopy(dense.net), losses, task_weight=KD_TASK, metrics=False)
-    net.train()
+    teaching = Distillation("self", losses, task_weight=KD_TASK, metrics=False)
     wall = time.perf_counter()
-    trainer(max_steps=RECOVERY_STEPS, accelerator=place.accelerator, callbacks=[teaching]).fit(
-        ImageClassifier(net, CLASSES, lr=RECOVERY_LR), data
-    )
+    trainer(
+        max_steps=RECOVERY_STEPS,
+        accelerator=place.accelerator,
+        callbacks=[compressing(task.operator, task.variant, task.budget), teaching, begin],
+    ).fit(ImageClassifier(net, CLASSES, lr=RECOVERY_LR), data)
     seconds = time.perf_counter() - wall
-    after = accuracy(net.cpu(), cell.data, place)
-    return {"accuracy": after, "accuracy_before": before, "lr": RECOVERY_LR, "seconds": seconds, **metrics}
+    net = net.cpu()
+    after = accuracy(net, cell.data, place)
+    image = calibration_images(cell, place)[:1]
+    cost, before = measure(net, image), measure(dense.net, image)
+    return {
+        "accuracy": after,
+        "accuracy_before": begin.found,
+        "lr": RECOVERY_LR,
+        "seconds": seconds,
+        "macs": cost.macs,
+        "macs_fraction": cost.macs / before.macs,
+        "params": cost.params,
+        "params_fraction": cost.params / before.params,
+    }
+
+
+class AtTheBeginning(L.Callback):
+    """Asks something as soon as the network was edited, before it is trained.
+
+    Args:
+        ask: what to ask.
+    """
+
+    def __init__(self, ask: Callable[[], float]) -> None:
+        self.ask, self.found = ask, float("nan")
+
+    def after_edits(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """See `CompressionCallback`."""
+        training = pl_module.training
+        self.found = self.ask()
+        pl_module.train(training)

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_free_nets import channels_last, in_chunks
-from lightning_compress import Budget, measure
+from benchmarks.training_free_nets import CALIBRATION, channels_last, in_chunks
+from lightning_compress import Budget, CompactFilters, LowRankFactorization, measure
+from lightning_compress.callbacks.replacement import LayerReplacement
+from lightning_compress.methods.approximation import Init
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
 
-__all__ = ["OPERATORS", "VARIANTS", "Compressed", "Operator", "compress", "missing_peers", "variants_of"]
+__all__ = ["OPERATORS", "VARIANTS", "Compressed", "Operator", "compress", "compressing", "missing_peers", "variants_of"]
 
 STEPS = 128  # fractions of the rank that the bisection tells apart
 
@@ -149,6 +151,17 @@ def _ours(net: nn.Module, operator: Operator, variant: str, budget: float | int 
         compact_filters = import_module("lightning_compress.methods.filters").compact_filters
         done = compact_filters(net, inputs, operator.name, budget=limit, **options)
     return Compressed(channels_last(net.eval()), len(done.errors), dict(done.left))
+
+
+def compressing(operator: str, variant: str, budget: float | None) -> LayerReplacement:
+    """The callback that does in a run what `compress` does; of our operators, and variants that are initialisations."""
+    found = OPERATORS[operator]
+    assert found.peer is None
+    limit, init = None if budget is None else Budget(macs=budget), cast(Init, variant)
+    common: dict[str, Any] = {"init": init, "samples": CALIBRATION}
+    if found.kind == "low-rank":
+        return LowRankFactorization(limit, decomposition=found.name, **common)
+    return CompactFilters(found.name, limit, options=found.options, **common)
 
 
 def _candidates(net: nn.Module) -> list[str]:

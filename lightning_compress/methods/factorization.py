@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.methods.approximation import Candidate, Form, Init
-from lightning_compress.methods.calibration import Layer
-from lightning_compress.methods.decompositions import DECOMPOSITIONS
+from lightning_compress.methods.forms import DECOMPOSITIONS
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.planning import Allocation, Planner, Replaced, replace_layers
+from lightning_compress.methods.replaceable import Layer
 from lightning_compress.methods.sequential import Planned
 from lightning_compress.methods.vbmf import vbmf_rank
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.methods.approximation import Form, Init
-from lightning_compress.methods.compact import COMPACT
+from lightning_compress.methods.forms import COMPACT
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.planning import Planner, Replaced, replace_layers
 

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError
 from lightning_compress.calls import Call
-from lightning_compress.edits import Edit, Replace, Spec, apply_edits, build, skeleton
+from lightning_compress.edits import Edit, Replace, Spec, apply_edits, skeleton
 from lightning_compress.footprint import measure
-from lightning_compress.latency import compare_latency
 from lightning_compress.methods.allocation import Option, allocate, share_out
 from lightning_compress.methods.approximation import Candidate, Form, Init
-from lightning_compress.methods.calibration import Layer, find_layers, visit
-from lightning_compress.methods.decompositions import DECOMPOSITIONS
-from lightning_compress.methods.measured import BUDGET_BATCH, Stopwatch
+from lightning_compress.methods.calibration import visit
+from lightning_compress.methods.forms import DECOMPOSITIONS
+from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.moments import Moments
 from lightning_compress.methods.pricing import price
+from lightning_compress.methods.replaceable import Layer, find_layers
 from lightning_compress.methods.sequential import Planned, fit, replacement
+from lightning_compress.methods.timing import time_candidates
 from lightning_compress.quiet import without_observers
 
 __all__ = ["Allocation", "Planner", "Replaced", "replace_layers"]
@@ -35,9 +35,6 @@ Allocation = Literal["greedy", "uniform"]
 
 MEMORY = 1 << 24
 """Bytes of moments that are kept at once; layers whose moments do not fit together take another run of the network."""
-
-TIMED = 8
-"""Options of a layer that are timed for a budget of latency."""
 
 TENSOR_ENTRY = 250
 """Bytes, roughly, that the names and shapes of a replaced layer's tensors take in a file."""
@@ -144,7 +141,7 @@ class Planner:
         if "latency" in limits:
             if stopwatch is None:
                 raise ValueError("a limit on latency needs a stopwatch")
-            timed = self._timed()
+            timed = time_candidates(self.model, self.replaceable, self.forms, self.candidates)
         options = [self._options(layer, timed.get(layer.path)) for layer in self.replaceable]
         dense = {**self.dense, "latency": 0.0 if stopwatch is None else stopwatch(self._copy())}
         rest = {unit: dense[unit] - sum(layer[0].costs[unit] for layer in options) for unit in limits}
@@ -300,36 +297,6 @@ class Planner:
     def _copy(self) -> nn.Module:
         with without_observers(self.model):
             return skeleton(self.model, lambda tensor: tensor)
-
-    def _timed(self) -> dict[str, dict[Any, float]]:
-        """Path -> rank -> microseconds of a batch; the rank None is the layer as it is. Like layers are timed once."""
-        known: dict[Any, dict[Any, float]] = {}
-        times = {}
-        for layer in self.replaceable:
-            candidates = self.candidates[layer.path]
-            picked = candidates[:: max(1, len(candidates) // TIMED)]
-            key = repr((layer.spec, layer.places, [c.rank for c in picked]))
-            if key not in known:
-                ranks = {str(candidate.rank): candidate.rank for candidate in picked}
-                specs = {
-                    "": layer.spec,
-                    **{n: self.forms[layer.path].spec(layer.geometry, r) for n, r in ranks.items()},
-                }
-                calls = [Call((_example(layer, count, size),)) for count, size in layer.places]
-                like = torch.empty(0, dtype=torch.float32, device=next(self.model.parameters()).device)
-                sides = {name: (build(spec, like), calls) for name, spec in specs.items()}
-                found = compare_latency(sides, (BUDGET_BATCH,), repeats=7, seconds=1.0)
-                known[key] = {
-                    None if name == "" else ranks[name]: 1e3 * found[name][BUDGET_BATCH].wall.median for name in specs
-                }
-            times[layer.path] = known[key]
-        return times
-
-
-def _example(layer: Layer, count: int, size: tuple[int, ...]) -> Tensor:
-    if not size:
-        return torch.zeros(1, count, layer.geometry.inputs) if count > 1 else torch.zeros(1, layer.geometry.inputs)
-    return torch.zeros(count, layer.geometry.inputs, *size)
 
 
 def replace_layers(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.edits import Edit, Replace, Spec, apply_edits, build, describe
 from lightning_compress.layers import Chain, Sum
-from lightning_compress.methods.calibration import Layer, Layers, find_layers, visit
+from lightning_compress.methods.calibration import visit
 from lightning_compress.methods.geometry import Geometry
+from lightning_compress.methods.replaceable import Layer, Layers, find_layers
 
 __all__ = ["Kind", "expand", "reparameterize"]
 

@@ -19,8 +19,9 @@ from lightning_compress.calls import Call
 from lightning_compress.edits import Replace, Spec, apply_edits, skeleton
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
-from lightning_compress.methods.calibration import Layer, Layers, compare_outputs
+from lightning_compress.methods.calibration import compare_outputs
 from lightning_compress.methods.moments import Moments, Objective
+from lightning_compress.methods.replaceable import Layer, Layers
 from lightning_compress.quiet import without_observers
 
 __all__ = ["Data", "Fit", "Init", "Planned", "fit", "replacement"]

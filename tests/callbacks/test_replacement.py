@@ -100,13 +100,13 @@ def test_the_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Stopwatch, "start", classmethod(lambda cls, model, calls: cls(model, calls, count(model))))
     monkeypatch.setattr(Stopwatch, "__call__", lambda self, network: count(network))
     monkeypatch.setattr(
-        "lightning_compress.methods.planning.Planner._timed",
-        lambda planner: {
+        "lightning_compress.methods.planning.time_candidates",
+        lambda _, layers, __, candidates: {
             layer.path: {
                 None: float(layer.weight.numel()),
-                **{c.rank: float(c.rank * 10) for c in planner.candidates[layer.path]},
+                **{c.rank: float(c.rank * 10) for c in candidates[layer.path]},
             }
-            for layer in planner.replaceable
+            for layer in layers
         },
     )
     module = task("residual")

@@ -19,11 +19,11 @@ from lightning_compress.edits import apply_edits, build, describe, edits_from_js
 from lightning_compress.layers import Chain
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
-from lightning_compress.methods.calibration import find_layers
-from lightning_compress.methods.compact import COMPACT, CReLU, DepthwiseSeparable, Fire, Ghost, GroupedShuffle, Rotated
+from lightning_compress.methods.forms import COMPACT, CReLU, DepthwiseSeparable, Fire, Ghost, GroupedShuffle, Rotated
+from lightning_compress.methods.forms.matching import gather_groups
 from lightning_compress.methods.geometry import Geometry
-from lightning_compress.methods.matching import gather_groups
 from lightning_compress.methods.moments import Moments
+from lightning_compress.methods.replaceable import find_layers
 from lightning_compress.methods.sequential import Fit, Planned, fit
 from tests.networks import randomize
 

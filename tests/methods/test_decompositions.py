@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.edits import build, describe
 from lightning_compress.methods.approximation import Factors, Form, approximate
-from lightning_compress.methods.decompositions import DECOMPOSITIONS
+from lightning_compress.methods.forms import DECOMPOSITIONS
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.pricing import price

@@ -21,11 +21,11 @@ from lightning_compress.edits import Replace, apply_edits, history
 from lightning_compress.footprint import measure
 from lightning_compress.methods import planning
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
-from lightning_compress.methods.calibration import find_layers
 from lightning_compress.methods.factorization import factorize
 from lightning_compress.methods.filters import compact_filters
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.pruning import prune_channels
+from lightning_compress.methods.replaceable import find_layers
 from tests.contract.nets import NETS
 from tests.networks import RandomNetwork, block, classifier, networks, randomize
 
@@ -299,7 +299,7 @@ def test_ranks_by_rule() -> None:
 
 
 def test_a_layer_with_larger_patches_than_moments_are_kept_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_compress.methods.calibration.MAX_PATCH", 120)
+    monkeypatch.setattr("lightning_compress.methods.replaceable.MAX_PATCH", 120)
     model = net("plain")
     layers = find_layers(model, as_calls(X[:2]), {})
     assert [layer.path for layer in layers.found if not layer.informed] == ["body.2.0"]
@@ -326,10 +326,10 @@ def test_moments_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_that_runs_slower_factorized_is_not_chosen_for_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """With times as given: layer `a` gets slower by any rank, `b` faster."""
 
-    def timed(planner: planning.Planner) -> dict[str, dict[Any, float]]:
-        slower = {layer.path: layer.path.startswith("a.") for layer in planner.replaceable}
+    def timed(_: nn.Module, layers: Any, __: Any, candidates: Any) -> dict[str, dict[Any, float]]:
+        slower = {layer.path: layer.path.startswith("a.") for layer in layers}
         return {
-            path: {None: 100.0, **{c.rank: 120.0 if slower[path] else 10.0 + c.rank for c in planner.candidates[path]}}
+            path: {None: 100.0, **{c.rank: 120.0 if slower[path] else 10.0 + c.rank for c in candidates[path]}}
             for path in slower
         }
 
@@ -339,7 +339,7 @@ def test_a_layer_that_runs_slower_factorized_is_not_chosen_for_latency(monkeypat
             replaced = [path for edit in edits if isinstance(edit, Replace) for path in edit.layers]
             return 1000.0 - 80.0 * len(replaced)
 
-    monkeypatch.setattr(planning.Planner, "_timed", timed)
+    monkeypatch.setattr(planning, "time_candidates", timed)
     monkeypatch.setattr(Stopwatch, "start", classmethod(lambda cls, model, calls: Clock(model, calls, 1000.0)))
     model = net()
     done = factorize(model, X[:4], Budget(latency=0.8), calibration=CALLS)

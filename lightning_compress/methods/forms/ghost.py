@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_compress import layers
 from lightning_compress.edits import Spec
 from lightning_compress.methods.approximation import Candidate, Factors, Init
-from lightning_compress.methods.calibration import MAX_PATCH, visit
+from lightning_compress.methods.calibration import visit
+from lightning_compress.methods.forms.matching import gather_groups
+from lightning_compress.methods.forms.ordered import Ordered, check_count, default_table, gram, positions, predict
 from lightning_compress.methods.geometry import Geometry
-from lightning_compress.methods.matching import gather_groups
 from lightning_compress.methods.moments import RIDGE, Moments, Objective
-from lightning_compress.methods.sharing import Ordered, check_count, default_table, gram, positions, predict
+from lightning_compress.methods.replaceable import MAX_PATCH
 
 if TYPE_CHECKING:
     from lightning_compress.methods.sequential import Data

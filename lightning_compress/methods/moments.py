@@ -115,6 +115,17 @@ class Moments:
                     for total, part in zip(self._sums, new, strict=True):
                         total += part
 
+    def patches(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """Second moments of the patches, [G, d, d], about their mean if `centred`; and their mean, [G, d].
+
+        Raises:
+            ValueError: no data, or values that are not finite.
+        """
+        second, patch, _, square = self._means()
+        if not (torch.isfinite(second).all() and torch.isfinite(square).all()):
+            raise ValueError("calibration data gives values that are not finite")
+        return second - patch[..., None] * patch[..., None, :] if centred else second, patch
+
     def objective(self, centred: bool, weight: Tensor | None = None) -> Objective:
         """The least-squares problem.
 
@@ -125,24 +136,23 @@ class Moments:
         Raises:
             ValueError: no data, or values that are not finite.
         """
-        if self._sums is None:
-            raise ValueError("no calibration data reached the layer")
-        second, patch, output, square = (total / self.count for total in self._sums[:4])
-        if not (torch.isfinite(second).all() and torch.isfinite(square).all()):
-            raise ValueError("calibration data gives values that are not finite")
-        mean = None
-        energy = square.sum()
-        if centred:
-            second = second - patch[..., None] * patch[..., None, :]
-            energy = energy - output.square().sum()
-            mean = patch, output
+        second, patch = self.patches(centred)
+        _, _, output, square = self._means()
+        energy = square.sum() - (output.square().sum() if centred else 0.0)
         if self._cross:
+            assert self._sums is not None
             cross = self._sums[4] / self.count
             cross = cross - output[..., None] * patch[..., None, :] if centred else cross
         else:
             assert weight is not None
             cross = weight.double() @ second
+        mean = (patch, output) if centred else None
         rows = second.shape[-1]
         scale = float(second.diagonal(dim1=1, dim2=2).mean())
         ridge = RIDGE * scale * (1 + 100 * rows / self.count)
         return Objective(second, cross, max(float(energy), 0.0), mean, max(ridge, torch.finfo(torch.float64).tiny))
+
+    def _means(self) -> tuple[Tensor, ...]:
+        if self._sums is None:
+            raise ValueError("no calibration data reached the layer")
+        return tuple(total / self.count for total in self._sums[:4])

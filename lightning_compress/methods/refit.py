@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from lightning_compress.calls import Call, run_calls
 from lightning_compress.coupling import Coupling, Mask
 from lightning_compress.coupling.labels import Vector
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
+from lightning_compress.methods.geometry import Geometry
+from lightning_compress.methods.moments import Moments
 from lightning_compress.quiet import undisturbed
 
 __all__ = ["Refit"]
@@ -28,38 +31,6 @@ MAX_CHANNELS = 4096
 
 RIDGE = 1e-3
 """Tikhonov term, relative to the mean variance of the survivors."""
-
-
-@dataclass
-class _Moments:
-    """Running first and second moments of a layer's input channels, in groups: (groups, channels of a group, ...)."""
-
-    groups: int
-    count: int = 0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        """Add inputs, (channels, samples)."""
-        rows = x.double().view(self.groups, -1, x.shape[1])
-        self.first = self.first + rows.sum(2)
-        self.second = self.second + rows @ rows.transpose(1, 2)
-        self.count += x.shape[1]
-
-    def predict(self, group: int, living: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-        """The least-squares A and b of x_gone = A x_living + b; b is zero unless `centred`."""
-        assert isinstance(self.first, Tensor)
-        assert isinstance(self.second, Tensor)
-        mean = self.first[group] / self.count
-        moment = self.second[group] / self.count
-        if centred:
-            moment = moment - mean.outer(mean)
-        inner = moment[living][:, living]
-        ridge = RIDGE * inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        a = torch.linalg.solve(inner, moment[living][:, ~living]).T
-        offset = mean[~living] - a @ mean[living]
-        return a, offset if centred else torch.zeros_like(offset)
 
 
 class Refit:
@@ -122,7 +93,8 @@ class _Consumer:
     """A layer that loses input channels."""
 
     module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-    moments: _Moments
+    moments: Moments
+    """Of its input channels, pixel by pixel."""
     living: Tensor
     """(groups, channels of a group): which inputs stay."""
     produced: Tensor
@@ -132,12 +104,7 @@ class _Consumer:
 
     def gather(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook."""
-        x = args[0].detach()
-        if isinstance(self.module, nn.Linear):
-            self.moments.add(x.reshape(-1, x.shape[-1]).T)
-        else:
-            x = x if x.dim() == self.module.weight.dim() else x.unsqueeze(0)
-            self.moments.add(x.transpose(0, 1).flatten(1))
+        self.moments.add(args[0], args[0])
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias after the edit."""
@@ -147,9 +114,12 @@ class _Consumer:
         # As (groups, outputs of a group, inputs of a group, kernel), whichever way the weight is laid out.
         blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         blocks = blocks.transpose(1, 2) if transposed else blocks
+        centred = self.normed or bias is not None
+        second, mean = self.moments.patches(centred)
         new, shift = [], []
         for group, living in enumerate(self.living):
-            a, offset = self.moments.predict(group, living, self.normed or bias is not None)
+            a = _predict(second[group], living)
+            offset = mean[group][~living] - a @ mean[group][living] if centred else a.new_zeros(len(a))
             gone = blocks[group][:, ~living]
             new.append(blocks[group][:, living] + torch.einsum("ork,rl->olk", gone, a))
             shift.append(torch.einsum("ork,r->o", gone, offset))
@@ -165,6 +135,15 @@ class _Consumer:
             kept = (torch.arange(groups, device=kept.device)[:, None] * per_group + kept).flatten()
         moved = bias.detach().double() + torch.cat(shift)
         return result.to(self.module.weight.dtype), moved.index_select(0, kept).to(bias.dtype)
+
+
+def _predict(second: Tensor, living: Tensor) -> Tensor:
+    """The least-squares A of x_gone = A x_living, from second moments of all of x."""
+    inner = second[living][:, living]
+    ridge = RIDGE * inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    inner = inner + ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    solution: Tensor = torch.linalg.solve(inner, second[living][:, ~living])
+    return solution.T
 
 
 def _consumers(model: nn.Module, coupling: Coupling, cut: Mask) -> Iterator[_Consumer]:
@@ -188,11 +167,17 @@ def _consumers(model: nn.Module, coupling: Coupling, cut: Mask) -> Iterator[_Con
         produced = np.flatnonzero(~cut[made]) if len(made) else np.arange(weight.shape[outer])
         yield _Consumer(
             module,  # type: ignore[arg-type]
-            _Moments(groups),
+            Moments(_pixels(module, per_group * groups, groups), cross=False),
             living.expand(groups, -1),
             torch.from_numpy(produced).to(weight.device),
             _is_normed(coupling, made),
         )
+
+
+def _pixels(module: nn.Module, channels: int, groups: int) -> Geometry:
+    """A layer that gives back each pixel of what another layer sees."""
+    sides = 0 if isinstance(module, nn.Linear) else cast(Tensor, module.weight).dim() - 2
+    return Geometry(channels, channels, (1,) * sides).point(channels, channels, groups)
 
 
 def _is_normed(coupling: Coupling, produced: Vector) -> bool:

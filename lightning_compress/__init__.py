@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_compress.methods.factorization import factorize
     from lightning_compress.methods.filters import compact_filters
     from lightning_compress.methods.pruning import prune_channels
+    from lightning_compress.methods.reparameterization import expand, reparameterize
 
 __version__ = "0.1.0"
 
@@ -42,12 +43,14 @@ __all__ = [
     "MutualModule",
     "apply_edits",
     "compact_filters",
+    "expand",
     "factorize",
     "history",
     "load_compressed",
     "load_from_checkpoint",
     "measure",
     "prune_channels",
+    "reparameterize",
     "save_compressed",
 ]
 
@@ -64,12 +67,14 @@ _HOMES = {
     "MutualModule": "lightning_compress.distill.mutual",
     "apply_edits": "lightning_compress.edits",
     "compact_filters": "lightning_compress.methods.filters",
+    "expand": "lightning_compress.methods.reparameterization",
     "factorize": "lightning_compress.methods.factorization",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",
     "load_from_checkpoint": "lightning_compress.checkpoints",
     "measure": "lightning_compress.footprint",
     "prune_channels": "lightning_compress.methods.pruning",
+    "reparameterize": "lightning_compress.methods.reparameterization",
     "save_compressed": "lightning_compress.artifact",
 }
 

@@ -127,7 +127,7 @@ def time_all(
         for task in tasks_to_time(cell, tasks):
             if not all(results.has(timed_case(task, runtime, batch)) for runtime in RUNTIMES for batch in BATCHES):
                 results.add(compare(task, place, repeats, seconds))
-                console.print(f"latency; {cell.case}; {task.operator}: done")
+                console.print(f"latency; {cell.case}; {task.operator}, {task.where}: done")
 
 
 def main() -> None:

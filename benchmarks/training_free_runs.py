@@ -131,9 +131,9 @@ def tasks_of(cell: Cell, operators: list[str], variants: list[str]) -> Iterator[
     """Everything that is tested without training, of one network."""
     for operator in operators:
         found = OPERATORS[operator]
-        budgets: list[float | None] = [*cell.recipe.budgets[cell.net]] if found.budgets else []
-        if found.kind == "compact":
-            budgets.append(None)
+        budgets: list[float | None] = [*cell.recipe.budgets[cell.net]]
+        if found.kind == "compact":  # there is little to choose from: a layer is replaced or not
+            budgets = [*(budgets[:1] if found.budgets else []), None]
         for budget in budgets:
             for variant in variants_of(operator):
                 if variant in variants:

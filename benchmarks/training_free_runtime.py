@@ -6,6 +6,7 @@ Eager torch and ONNX Runtime, one thread each, the three networks in turns, in a
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import statistics
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.distillation_runs import Place
 from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table
 from benchmarks.training_free_runs import REFUSALS, Found, Task
-from benchmarks.training_free_sides import compress
+from benchmarks.training_free_sides import OPERATORS, compress
 from lightning_compress import measure
 from lightning_compress.calls import as_calls
 from lightning_compress.latency import Latency, compare_latency
@@ -41,6 +42,7 @@ class Exported(nn.Module):
 
     def __init__(self, net: nn.Module, image: Tensor) -> None:
         super().__init__()
+        net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # else strides are part of the graph
         pair = image.expand(2, *image.shape[1:]).contiguous()  # with one sample the batch would be a constant
         file = io.BytesIO()
         with _quiet():
@@ -94,12 +96,15 @@ def thin_network(cell: Cell, macs: int, image: Tensor) -> tuple[nn.Module, float
 
 
 def tasks_to_time(cell: Cell, tasks: list[Task]) -> list[Task]:
-    """One task for each of our operators: made from data, at the largest budget, or wherever it replaces all layers."""
-    chosen: dict[str, Task] = {}
-    for task in tasks:
-        if task.cell == cell and task.side.startswith("ours ") and task.variant == "data":
-            chosen[task.operator] = task if task.budget is None else chosen.get(task.operator, task)
-    return list(chosen.values())
+    """Ours, made from data: low-rank networks at each budget, compact filters where they replace all layers."""
+    return [
+        task
+        for task in tasks
+        if task.cell == cell
+        and task.side.startswith("ours ")
+        and task.variant == "data"
+        and (task.budget is None) == (OPERATORS[task.operator].kind == "compact")
+    ]
 
 
 def timed_case(task: Task, runtime: str, batch: int) -> str:

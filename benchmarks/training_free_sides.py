@@ -85,7 +85,7 @@ def variants_of(operator: str) -> list[str]:
     found = OPERATORS[operator]
     if found.peer is not None:
         return ["uniform", "plain"]
-    return [variant for variant in VARIANTS if found.kind == "low-rank" or variant != "uniform"]
+    return ["data", "weights", *(["uniform"] if found.kind == "low-rank" else []), "random"]
 
 
 def missing_peers() -> list[str]:

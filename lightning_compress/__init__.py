@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.filters import CompactFilters
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.callbacks.weights import WeightPruning
     from lightning_compress.checkpoints import load_from_checkpoint
     from lightning_compress.distill.module import DistillationModule
     from lightning_compress.distill.mutual import MutualModule
@@ -41,6 +42,7 @@ __all__ = [
     "Footprint",
     "LowRankFactorization",
     "MutualModule",
+    "WeightPruning",
     "apply_edits",
     "compact_filters",
     "expand",
@@ -65,6 +67,7 @@ _HOMES = {
     "Footprint": "lightning_compress.footprint",
     "LowRankFactorization": "lightning_compress.callbacks.factorization",
     "MutualModule": "lightning_compress.distill.mutual",
+    "WeightPruning": "lightning_compress.callbacks.weights",
     "apply_edits": "lightning_compress.edits",
     "compact_filters": "lightning_compress.methods.filters",
     "expand": "lightning_compress.methods.reparameterization",

@@ -1,7 +1,8 @@
 """The artifact: a compressed network in one safetensors file, which loads without the code that compressed it.
 
 The file holds the tensors under the names that the original network gives them, and in its metadata the edits, what
-the original looked like, and a checksum of the whole. There is no pickle in it. Tensors that are tied are stored once.
+the original looked like, and a checksum of the whole. There is no pickle in it. Tensors that are tied are stored once;
+those with zeros or repeated values are entropy-coded where that is smaller.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_compress.container import ArtifactError, container_bytes, read_container, storable, write_container
 from lightning_compress.edits import (
+    Edit,
     EditError,
     apply_edits,
+    companions,
     edits_from_json,
     edits_to_json,
     history,
@@ -54,18 +57,19 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
     write_container(path, *_contents(model, metadata))
 
 
-def artifact_bytes(model: nn.Module, metadata: Mapping[str, Any] | None = None) -> int:
-    """The size in bytes of the file that `save_compressed` would write; a skeleton will do.
+def artifact_bytes(model: nn.Module, metadata: Mapping[str, Any] | None = None, coded: bool = True) -> int:
+    """The size in bytes of the file that `save_compressed` would write.
 
     Args:
-        model: the network, or a skeleton of it.
+        model: the network; or a skeleton of it, whose tensors count as they are.
         metadata: as for `save_compressed`.
+        coded: with what entropy coding saves; without, values do not matter.
 
     Example:
         >>> artifact_bytes(nn.Linear(100, 200)) - artifact_bytes(nn.Linear(100, 100))
         40400
     """
-    return container_bytes(*_contents(model, metadata))
+    return container_bytes(*_contents(model, metadata), coded=coded)
 
 
 def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -146,10 +150,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _contents(model: nn.Module, metadata: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the file of a network holds: each tensor of its state dict once, and the manifest."""
     model = _unwrapped(model)
-    tensors, aliases = _unique_state(model)
-    unsaved = {name: tensor for name, tensor in named_tensors(model) if name not in tensors and name not in aliases}
+    passing = _passing(model)
+    tensors, aliases = _unique_state(model, passing)
+    known = {*tensors, *aliases, *passing}
+    unsaved = {name: tensor for name, tensor in named_tensors(model) if name not in known}
     return tensors, {
-        "edits": edits_to_json(history(model)),
+        "edits": edits_to_json(_lasting(model)),
         "architecture": {name: list(shape) for name, shape in _dense_shapes(model).items()},
         "aliases": aliases,
         "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in unsaved.items()},
@@ -157,12 +163,25 @@ def _contents(model: nn.Module, metadata: Mapping[str, Any] | None) -> tuple[dic
     }
 
 
-def _unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _lasting(model: nn.Module) -> tuple[Edit, ...]:
+    """The edits that a network is no longer the same without, once it is trained."""
+    return tuple(edit for edit in history(model) if edit.lasting)
+
+
+def _passing(model: nn.Module) -> set[str]:
+    """Names of tensors that only training needs."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    return {f"{path}.{name}".lstrip(".") for path, module in names.items() for name in companions(module)}
+
+
+def _unique_state(model: nn.Module, passing: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with each tensor once, and under which name a tied one is stored."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in passing:
+            continue
         if not isinstance(tensor, Tensor) or not storable(tensor):
             kind = f"{tensor.layout}, {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ArtifactError(f"cannot save {name!r} of the state dict: a dense tensor is needed, got {kind}")

@@ -1,12 +1,18 @@
-"""The file under an artifact: safetensors, with a manifest in its metadata and a checksum of every byte."""
+"""The file under an artifact: safetensors, with a manifest in its metadata and a checksum of every byte.
+
+Tensors whose values repeat or are zero are stored entropy-coded, together in one tensor of bytes, where that is
+smaller; reading gives them back as they were, to the bit. The manifest is JSON, compressed.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +22,15 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from lightning_compress.files import open_atomic
+from lightning_compress.methods.coding import CodingError, decode, encode, worth_trying
 
 __all__ = ["ArtifactError", "container_bytes", "read_container", "storable", "write_container"]
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "lightning_compress"
+_CODED = "lightning_compress.coded"  # the tensor of bytes; no parameter has such a name beside a module of that name
+ENTRY = 100
+"""Bytes, roughly, that a coded tensor takes in the manifest: what coding has to save at least."""
 _CHECKSUM = re.compile(rb'"checksum":"sha256:([0-9a-f]{64}) of ([0-9]{20}) bytes"')
 _TYPES = {
     torch.float64: "F64",
@@ -51,14 +61,16 @@ def storable(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.dtype in _TYPES
 
 
-def container_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> int:
-    """The size in bytes of the file that `write_container` would write; the tensors need no values.
+def container_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], coded: bool = True) -> int:
+    """The size in bytes of the file that `write_container` would write.
+
+    Tensors without values, and with `coded=False` all, count as they are.
 
     Example:
-        >>> container_bytes({"a": torch.zeros(100)}, {}) - container_bytes({"a": torch.zeros(10)}, {}) >= 360
+        >>> container_bytes({"a": torch.rand(1000)}, {}) > 4000 > container_bytes({"a": torch.zeros(1000)}, {})
         True
     """
-    return _header(tensors, manifest)[1]
+    return _header(*(_coded(tensors, manifest) if coded else (tensors, manifest)))[1]
 
 
 def write_container(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -82,6 +94,7 @@ def write_container(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ArtifactError(f"cannot save tensor {name!r}: it is on the meta device and has no values")
+    tensors, manifest = _coded(tensors, manifest)
     header, _ = _header(tensors, manifest)
     match = cast("re.Match[bytes]", _CHECKSUM.search(header))
     try:
@@ -139,17 +152,66 @@ def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
             "load it with the version that wrote it"
         )
     try:
-        return found["manifest"], load_safetensors(data)
+        tensors = load_safetensors(data)
     except SafetensorError as error:
         raise ArtifactError(f"{name!r} cannot be read by safetensors: {error}") from error
+    manifest: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(found["manifest"])))
+    return manifest, _decoded(name, tensors, manifest.pop(_CODED, {}))
+
+
+def _coded(
+    tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Tensors and manifest with what is smaller so entropy-coded, all of it in one tensor."""
+    codes: dict[str, bytes] = {}
+    for name, tensor in tensors.items():
+        if worth_trying(tensor):
+            code = encode(tensor)
+            if len(code) + ENTRY < tensor.numel() * tensor.dtype.itemsize:
+                codes[name] = code
+    if not codes:
+        return tensors, manifest
+    entries = {
+        name: [_TYPES[tensors[name].dtype], list(tensors[name].shape), len(code)] for name, code in codes.items()
+    }
+    blob = torch.frombuffer(bytearray(b"".join(codes.values())), dtype=torch.uint8)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in codes}
+    digest = _digest(tensors[name] for name in codes)
+    return {**rest, _CODED: blob}, {**manifest, _CODED: {"tensors": entries, "digest": digest}}
+
+
+def _decoded(file: str, tensors: dict[str, Tensor], coded: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `_coded`, checked against a digest of the tensors themselves."""
+    if not coded:
+        return tensors
+    dtypes = {name: dtype for dtype, name in _TYPES.items()}
+    blob, start, found = tensors.pop(_CODED).numpy().tobytes(), 0, {}
+    try:
+        for name, (kind, shape, length) in coded["tensors"].items():
+            found[name] = decode(blob[start : start + length], dtypes[kind], shape)
+            start += length
+    except CodingError as error:
+        raise ArtifactError(f"{file!r} cannot be decoded: {error}") from error
+    if _digest(found.values()) != coded["digest"]:
+        raise ArtifactError(f"{file!r} was decoded into other tensors than were coded: it was written or read wrongly")
+    return {**tensors, **found}
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _header(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> tuple[bytes, int]:
     """The header, with zeros where the checksum goes, and the size of the whole file."""
     try:
-        text = json.dumps({"format": FORMAT, "manifest": manifest}, separators=(",", ":"))
+        plain = json.dumps(manifest, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"metadata must be what JSON can hold: {error}") from error
+    packed = base64.b85encode(zlib.compress(plain, 9)).decode()
+    text = json.dumps({"format": FORMAT, "manifest": packed}, separators=(",", ":"))
     metadata = {"checksum": _checksum(0), "format": "pt", _KEY: text}
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -176,6 +238,9 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _contents(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    for _, tensor in _ordered(tensors):
-        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+    return (_bytes(tensor) for _, tensor in _ordered(tensors))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,9 +366,9 @@ def test_no_file_no_folder_no_artifact(saved: Path, tmp_path: Path) -> None:
 
 def test_another_format_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(container, "FORMAT", 2)
+        patch.setattr(container, "FORMAT", 3)
         save_compressed(Net(), tmp_path / "a")
-    refused(tmp_path / "a", "has format 2, this version of lightning_compress reads 1")
+    refused(tmp_path / "a", "has format 3, this version of lightning_compress reads 2")
 
 
 def test_an_edit_of_an_unknown_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,5 +436,6 @@ def test_a_failing_write_leaves_the_old_artifact(saved: Path, monkeypatch: pytes
 
 def test_edits_in_the_file_are_plain_json(saved: Path) -> None:
     with safe_open(saved, "pt") as file:
-        manifest = json.loads(file.metadata()["lightning_compress"])["manifest"]
+        packed = json.loads(file.metadata()["lightning_compress"])["manifest"]
+    manifest = json.loads(zlib.decompress(base64.b85decode(packed)))
     assert manifest["edits"] == edits_to_json(TWICE)

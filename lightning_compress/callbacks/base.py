@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -52,6 +52,9 @@ class CompressionCallback(pl.Callback):
     Raises:
         ValueError: an argument out of range.
     """
+
+    settles_values: ClassVar[bool] = False
+    """Whether a step of the way may change values only, so that there is no edit to carry out."""
 
     def __init__(
         self,
@@ -163,7 +166,7 @@ class CompressionCallback(pl.Callback):
         path = captured.path
         # Every rank has planned; rank 0's plan is the one that counts.
         edits = edits_from_json(trainer.strategy.broadcast(edits_to_json(edits)))
-        if edits:
+        if edits or self.settles_values:
             _tell(trainer, "before_edits", pl_module, path)
             self.prepare(captured, edits)
             changes = apply_edits(captured.network, edits)

@@ -100,6 +100,8 @@ class LayerReplacement(CompressionCallback):
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network, self.samples)
         planner = self._planner(captured, informed=self.init == "data")
+        if not any(edit.origin == self.origin for edit in history(captured.network)):
+            planner.require()  # another method may have come between
         if self.budget is None:
             planned = self._next(self.everything(planner), captured, amount)
         else:

@@ -5,6 +5,7 @@ trained network (weights are carried over) or on a skeleton (shapes only). The o
 has been through is its `history`; the checkpoint, the artifact and the report all read that one list.
 """
 
+from lightning_compress.edits.companions import ROLES, Companions, companion, companions
 from lightning_compress.edits.keep import Attribute, Keep
 from lightning_compress.edits.replace import Replace
 from lightning_compress.edits.replay import (
@@ -21,8 +22,10 @@ from lightning_compress.edits.structure import Change, EditError, Replacement, n
 
 __all__ = [
     "EDIT_KINDS",
+    "ROLES",
     "Attribute",
     "Change",
+    "Companions",
     "Edit",
     "EditError",
     "Keep",
@@ -31,6 +34,8 @@ __all__ = [
     "Spec",
     "apply_edits",
     "build",
+    "companion",
+    "companions",
     "describe",
     "edits_from_json",
     "edits_to_json",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lightning_compress.edits.companions import ROLES
 from lightning_compress.edits.structure import Change, EditError, Replacement, index, named_tensors, set_data
 
 __all__ = ["Attribute", "Keep"]
@@ -45,6 +46,7 @@ class Keep:
     """
 
     kind: ClassVar[str] = "keep"
+    lasting: ClassVar[bool] = True
 
     slices: Mapping[str, Mapping[int, tuple[int, ...]]]
     sizes: Mapping[str, tuple[int, ...]]
@@ -86,6 +88,10 @@ class Keep:
         tensors = dict(named_tensors(model))
         for name, dims in self.slices.items():
             tensor = tensors[name]
+            for role in ROLES:
+                beside = tensors.get(f"{name}_{role}")
+                if beside is not None and name in self.sizes and tuple(beside.shape) == self.sizes[name]:
+                    set_data(beside, index(beside, {d: torch.tensor(i, device=beside.device) for d, i in dims.items()}))
             if id(tensor) in changes:  # tied: cut once, seen under every name
                 continue
             keep = {d: torch.tensor(indices, dtype=torch.long, device=tensor.device) for d, indices in dims.items()}
@@ -103,9 +109,10 @@ class Keep:
         """Bring the shapes back to what they were before the edit; the values become zero."""
         tensors = dict(named_tensors(model))
         for name, size in self.sizes.items():
-            if tuple(tensors[name].shape) != size:
-                tensors[name].grad = None
-                set_data(tensors[name], tensors[name].detach().new_zeros(size))
+            for other in (name, *(f"{name}_{role}" for role in ROLES if f"{name}_{role}" in tensors)):
+                if tuple(tensors[other].shape) != size:
+                    tensors[other].grad = None
+                    set_data(tensors[other], tensors[other].detach().new_zeros(size))
         for path, values in self.attributes.items():
             for attribute, (before, _) in values.items():
                 setattr(model.get_submodule(path), attribute, before)

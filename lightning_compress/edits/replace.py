@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.edits.companions import companions
 from lightning_compress.edits.specs import Spec, build, describe, frozen_spec, show
 from lightning_compress.edits.structure import Change, EditError, Replacement
 
@@ -39,6 +40,7 @@ class Replace:
     """
 
     kind: ClassVar[str] = "replace"
+    lasting: ClassVar[bool] = True
 
     layers: Mapping[str, tuple[Spec, Spec]]
     origin: str = ""
@@ -56,6 +58,11 @@ class Replace:
                 raise EditError(
                     f"edit of {path!r}: expected {show(before)}, got {show(found)}; was it applied before, or is this "
                     "another architecture?"
+                )
+            beside = [name for module in modules[path].modules() for name in companions(module)]
+            if beside:
+                raise EditError(
+                    f"edit of {path!r}: its weights are pruned or shared ({beside[0]}), which would be lost"
                 )
             build(after, torch.empty(0, device="meta"))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_compress.edits.companions import Companions
 from lightning_compress.edits.keep import Keep
 from lightning_compress.edits.replace import Replace
 from lightning_compress.edits.structure import Change, EditError, Replacement, skeleton
@@ -16,8 +17,10 @@ __all__ = ["EDIT_KINDS", "Edit", "apply_edits", "edits_from_json", "edits_to_jso
 
 _HISTORY = "_compression_history"
 
-Edit = Keep | Replace
-EDIT_KINDS: Mapping[str, type[Keep] | type[Replace]] = {kind.kind: kind for kind in (Keep, Replace)}
+Edit = Keep | Replace | Companions
+EDIT_KINDS: Mapping[str, type[Keep] | type[Replace] | type[Companions]] = {
+    kind.kind: kind for kind in (Keep, Replace, Companions)
+}
 
 
 def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> list[Change | Replacement]:

@@ -83,7 +83,7 @@ def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits:
     Raises:
         BudgetError: there is no such network.
     """
-    beside = artifact_bytes(model) - coupling.bytes(coupling.nothing_cut())
+    beside = artifact_bytes(model, coded=False) - coupling.bytes(coupling.nothing_cut())
     targets = {**limits, "bytes": limits["bytes"] - beside}
     while True:  # ends: below what is reachable, `propose` raises
         try:
@@ -98,7 +98,7 @@ def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits:
             return None
         trial = skeleton(model)
         apply_edits(trial, [settled.keep])
-        excess = artifact_bytes(trial) - limits["bytes"]
+        excess = artifact_bytes(trial, coded=False) - limits["bytes"]
         if excess <= 0:
             return settled
         targets["bytes"] -= excess

@@ -89,8 +89,7 @@ class Planner:
         self.model, self.calls = model, calls
         self.layers = find_layers(model, calls, {**DECOMPOSITIONS, **{form.name: form for form in forms}})
         self.left = dict(self.layers.left)
-        footprint = measure(model, calls)
-        self.dense = {"macs": float(footprint.macs), "params": float(footprint.params), "bytes": float(footprint.bytes)}
+        self.dense = self._costs()
         self.forms: dict[str, Form] = {}
         outside = {name.rpartition(".")[0]: reason for name, reason in (keep or {}).items()}
         excluded = self._excluded(exclude)
@@ -204,8 +203,8 @@ class Planner:
         """What a plan that was carried out came to."""
         paths = {item.layer.path for item in planned}
         left = {**self.left, **{p: "would not get cheaper, or is not needed" for p in self.forms if p not in paths}}
-        after = measure(self.model, self.calls)
-        costs = {unit: (before, float(getattr(after, unit))) for unit, before in self.dense.items()}
+        after = self._costs()
+        costs = {unit: (before, after[unit]) for unit, before in self.dense.items()}
         return Replaced(tuple(edits), errors, left, costs, {item.layer.path: item.rank for item in planned})
 
     # What there is to choose from.
@@ -289,10 +288,15 @@ class Planner:
         if planned:
             apply_edits(trial, [replacement(planned, "")])
         if "bytes" in limits:
-            over["bytes"] = artifact_bytes(trial) - limits["bytes"]
+            over["bytes"] = artifact_bytes(trial, coded=False) - limits["bytes"]
         if "latency" in limits and stopwatch is not None:
             over["latency"] = stopwatch(trial) - limits["latency"]
         return {unit: excess for unit, excess in over.items() if excess > 0}
+
+    def _costs(self) -> dict[str, float]:
+        """What the network costs; its file without entropy coding, which plans cannot count on."""
+        footprint, size = measure(self.model, self.calls), artifact_bytes(self.model, coded=False)
+        return {"macs": float(footprint.macs), "params": float(footprint.params), "bytes": float(size)}
 
     def _copy(self) -> nn.Module:
         with without_observers(self.model):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_compress.calls import Call, resize_batch
-from lightning_compress.edits import Spec, describe
+from lightning_compress.edits import Spec, companions, describe
 from lightning_compress.layers import Chain
 from lightning_compress.methods.approximation import Form
 from lightning_compress.methods.geometry import Geometry, weight_of
@@ -187,6 +187,8 @@ def _reason(
         return "is the network itself"
     if path not in trace.places:
         return "is not called on the data"
+    if any(True for part in module.modules() for _ in companions(part)):
+        return "has weights that are pruned or shared, which would be lost"
     parameters = list(module.parameters())
     if any(len(owners[id(parameter)]) > 1 for parameter in parameters):
         return "shares its weight with another layer"

@@ -1,0 +1,380 @@
+"""Pruning of single weights in a Lightning run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.capture import Captured, capture, find_network
+from lightning_compress.edits import ROLES, Companions, Edit, companion, named_tensors
+from lightning_compress.methods.sparsity import ALLOCATIONS, CRITERIA, GATHERED, Pattern, gather, make_masks
+from lightning_compress.methods.sparsity_data import exchange, input_norms
+
+__all__ = ["WeightPruning"]
+
+ORIGIN = "weight_pruning"
+
+
+class WeightPruning(CompressionCallback):
+    """Set weights to zero during training, and hold them there, until a share of them is gone.
+
+    Masks are part of the network's state: they are in checkpoints, and a resumed run has them at once. A pruned weight
+    has no gradient and no momentum, and is zero after every step, whatever the optimizer does. The artifact holds the
+    zeros entropy-coded, and no masks. Zeros by themselves make no network faster: for that prune channels, or use 2:4
+    with a runtime that has kernels for it.
+
+    Args:
+        sparsity: share of the prunable weights (of at least two dims) that go; N:M patterns have their own.
+        criterion: `magnitude`, `taylor`, `movement`, `snip`, `wanda` or `random`.
+        pattern: `unstructured`, `kernel`, `block:AxB`, or N:M as `2:4`.
+        allocation: `global`, `uniform`, `erk` or `lamp`.
+        start: when the first weights go: a float is a fraction of training, an integer an epoch.
+        end: when the last ones go, likewise; the rest of training recovers.
+        steps: in how many steps.
+        schedule: how the sparsity grows over them: `one_shot`, `linear`, `cubic` (Zhu and Gupta 2017).
+        rewind: after each step set the weights that are left back to what they were when training began, as in the
+            lottery ticket hypothesis (Frankle and Carbin 2018, arXiv 1803.03635); the optimizer forgets, too.
+        regrow: share of the living weights that die and are replaced every `every` steps, between `start` and `end`, by
+            those whose gradients are largest (RigL, Evci et al. 2020, arXiv 1911.11134); falls to 0 along a cosine.
+        every: optimizer steps between two such exchanges.
+        release: when the masks are lifted again and all weights train (dense-sparse-dense, Han et al. 2016, arXiv
+            1607.04381): a fraction of training after `end`; None: never.
+        floor: least share of each tensor that stays.
+        exclude: patterns of parameter or module names that stay as they are.
+        samples: number of calibration samples, for `wanda`.
+        network: dotted name of the network inside the LightningModule; by default it is found.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> WeightPruning(0.9, pattern="4:2")
+        Traceback (most recent call last):
+        ValueError: `pattern` must be unstructured, kernel, block:AxB or N:M, e.g. 2:4, got '4:2'
+    """
+
+    settles_values: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        criterion: str = "magnitude",
+        pattern: str = "unstructured",
+        allocation: str = "global",
+        start: float | int = 0.0,
+        end: float | int = 0.5,
+        steps: int = 10,
+        schedule: str = "cubic",
+        rewind: bool = False,
+        regrow: float = 0.0,
+        every: int = 100,
+        release: float | None = None,
+        floor: float = 0.01,
+        exclude: Sequence[str] = (),
+        samples: int = 256,
+        network: str | None = None,
+    ) -> None:
+        """Check the arguments."""
+        super().__init__(start=start, end=end, steps=steps, schedule=schedule, network=network)
+        self.pattern = Pattern(pattern)
+        for name, value, known in (("criterion", criterion, CRITERIA), ("allocation", allocation, ALLOCATIONS)):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+        for name, share, top in (("sparsity", sparsity, 1), ("regrow", regrow, 1), ("floor", floor, 1)):
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < top:
+                raise ValueError(f"`{name}` must be a share in [0, 1), got {share!r}")
+        if not sparsity:
+            raise ValueError("`sparsity` must be above 0")
+        for name, count in (("every", every), ("samples", samples)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}")
+        if release is not None and (not isinstance(release, float) or not 0 < release <= 1):
+            raise ValueError(f"`release` must be a fraction of training in (0, 1], got {release!r}")
+        if criterion == "snip" and (start != 0 or (steps > 1 and schedule != "one_shot")):
+            raise ValueError('criterion="snip" prunes once, before the first step: give start=0.0, schedule="one_shot"')
+        if criterion == "movement" and allocation == "lamp":
+            raise ValueError("allocation='lamp' compares sizes, and the scores of criterion='movement' have signs")
+        if criterion in ("taylor", "movement") and start == 0:
+            raise ValueError(
+                f"criterion={criterion!r} gathers gradients before the first edit: `start` must be after 0"
+            )
+        if regrow and self.pattern.name != "unstructured":
+            raise ValueError("`regrow` goes with pattern='unstructured'")
+        if schedule == "one_shot":
+            steps = self.steps = 1
+        self.sparsity, self.criterion, self.allocation = float(sparsity), criterion, allocation
+        self.rewind, self.regrow, self.every, self.release = rewind, float(regrow), every, release
+        self.floor, self.exclude, self.samples = float(floor), tuple(exclude), samples
+        self._gathered: dict[str, Tensor] = {}
+        self._initial: dict[str, Tensor] = {}
+        self._pending = False  # masks wait for the first gradients
+        self._released = False
+        self._scores: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._pairs: list[tuple[str, nn.Parameter, Tensor]] | None = None
+        self._dead: list[Tensor] = []
+        self._amount = 0.0
+
+    # What the base asks.
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """See `CompressionCallback`."""
+        captured = capture(trainer, pl_module, self.network)
+        names = {*dict(captured.network.named_parameters()), *dict(captured.network.named_modules())}
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise MisconfigurationException(f"`exclude` pattern {pattern!r} matches no parameter and no module")
+        chosen, left = self._choose(captured)
+        if not chosen:
+            why = "; ".join(f"{name} {reason}" for name, reason in list(left.items())[:5])
+            raise MisconfigurationException(f"no weight of this network can be pruned: {why or 'it has none'}")
+        if self.rewind and not self._initial:
+            kept = named_tensors(captured.network)
+            roles = tuple(f"_{role}" for role in ROLES)
+            self._initial = {name: t.detach().clone().cpu() for name, t in kept if not name.endswith(roles)}
+        return {"weights": float(sum(weight.numel() for weight in chosen.values()))}
+
+    def edit(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, amount: float
+    ) -> tuple[Captured, Sequence[Edit], Mapping[str, str]]:
+        """See `CompressionCallback`."""
+        wanda = self.criterion == "wanda"
+        captured = capture(trainer, pl_module, self.network, self.samples if wanda else 1)
+        chosen, left = self._choose(captured)
+        self._pending = self.criterion == "snip"
+        if not self._pending:
+            norms = input_norms(captured.network, captured.calibration) if wanda else {}
+            self._scores = self._bury(
+                captured.network, {name: self._score(name, weight, norms) for name, weight in chosen.items()}
+            )
+        new = {
+            name: tuple(weight.shape)
+            for name, weight in chosen.items()
+            if companion(captured.network, name, "mask") is None
+        }
+        self._amount = amount
+        return captured, [Companions("mask", new, ORIGIN)] if new else [], left
+
+    def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`."""
+        network, self._pairs = self._network(pl_module), None
+        if self._pending:
+            for _, _, mask in self._masked(network):
+                mask.fill_(1)
+            self._pairs = None
+            return
+        masks = make_masks(self._scores, self.sparsity, self.pattern, self.allocation, self.floor, self._amount)
+        self._scores = {}
+        self._set_masks(trainer, network, masks)
+        if self.rewind:
+            self._go_back(trainer, network)
+
+    def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gather gradients where the criterion needs them; take the gradients of dead weights away."""
+        if self._released:
+            return
+        network = self._network(pl_module)
+        if self.done < 1.0 and self.criterion in ("taylor", "movement"):
+            for name, weight in self._prunable(network):
+                if weight.grad is not None:
+                    before = self._gathered.get(name)
+                    before = before if before is not None and before.shape == weight.shape else None
+                    self._gathered[name] = gather(self.criterion, weight, weight.grad, before)
+        if self._pending:
+            scores = {
+                name: gather("snip", weight, weight.grad, None)
+                for name, weight, _ in self._masked(network)
+                if weight.grad is not None
+            }
+            masks = make_masks(scores, self.sparsity, self.pattern, self.allocation, self.floor)
+            self._set_masks(trainer, network, masks)
+            self._pending = False
+        if self._exchanges(trainer):
+            self._exchange(trainer, network)
+        with torch.no_grad():
+            for (_, weight, _), dead in zip(self._masked(network), self._dead, strict=True):
+                if weight.grad is not None:
+                    weight.grad.masked_fill_(dead, 0.0)
+
+    # The life.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`; from now on no optimizer's step wakes a dead weight."""
+        super().on_train_start(trainer, pl_module)
+        network, self._pairs = self._network(pl_module), None
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold(network)))
+        self._hold(network)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`; masks are lifted when it is time for that."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.release is not None and not self._released and _progress(trainer) >= self.release:
+            if self.done < 1.0:
+                raise MisconfigurationException(f"`release`={self.release} comes before the last weights have gone")
+            self._released = True
+            rank_zero_info(f"WeightPruning: masks are lifted at epoch {trainer.current_epoch}")
+
+    def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Edits of other callbacks may have written to dead weights."""
+        self._pairs = None
+        self._hold(self._network(pl_module))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave module and optimizers as they came."""
+        super().teardown(trainer, pl_module, stage)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._pairs = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the base keeps, and what masks do not tell."""
+        return {
+            **super().state_dict(),
+            "gathered": dict(self._gathered),
+            "initial": dict(self._initial),
+            "pending": self._pending,
+            "released": self._released,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._gathered, self._initial = dict(state_dict["gathered"]), dict(state_dict["initial"])
+        self._pending, self._released = state_dict["pending"], state_dict["released"]
+
+    # Weights and masks.
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        return pl_module.get_submodule(find_network(pl_module, self.network))
+
+    def _prunable(self, network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, weight in network.named_parameters():
+            if weight.dim() >= 2 and weight.requires_grad and self._why_not(name, weight) is None:
+                yield name, weight
+
+    def _why_not(self, name: str, weight: Tensor) -> str | None:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        for pattern in self.exclude:
+            if any(fnmatchcase(prefix, pattern) for prefix in prefixes):
+                return f"is excluded by pattern {pattern!r}"
+        return self.pattern.refuses(weight)
+
+    def _choose(self, captured: Captured) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        chosen, left = {}, {}
+        for name, weight in captured.network.named_parameters():
+            if weight.dim() >= 2 and weight.requires_grad:
+                reason = self._why_not(name, weight)
+                if reason is None:
+                    chosen[name] = weight
+                else:
+                    left[name] = reason
+        return chosen, left
+
+    def _masked(self, network: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """Name, weight and mask of all that have one; kept, for each step asks."""
+        if self._pairs is None:
+            beside = ((name, weight, companion(network, name, "mask")) for name, weight in network.named_parameters())
+            self._pairs = [(name, weight, mask) for name, weight, mask in beside if mask is not None]
+            self._dead = [mask == 0 for _, _, mask in self._pairs]
+        return self._pairs
+
+    def _score(self, name: str, weight: nn.Parameter, norms: Mapping[str, Tensor]) -> Tensor:
+        size = weight.detach().abs().float()
+        if self.criterion == "random":
+            seed = sum(map(ord, name)) + int(1000 * self.done)
+            return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(size.device)
+        if self.criterion == "wanda":
+            norm = norms.get(name)
+            return size if norm is None else size * norm.view(1, -1, *[1] * (size.dim() - 2))
+        if self.criterion in GATHERED:
+            found = self._gathered.get(name)
+            if found is None or found.shape != weight.shape:
+                raise MisconfigurationException(f"no gradient has reached {name!r} before the first edit")
+            return found.to(size.device)
+        return size
+
+    @staticmethod
+    def _bury(network: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same scores with those of dead weights below all others."""
+        lowest = min(0.0, min((float(value.min()) for value in scores.values()), default=0.0) - 1.0)
+        lowest = lowest if any(bool((value < 0).any()) for value in scores.values()) else 0.0
+        for name, value in scores.items():
+            mask = companion(network, name, "mask")
+            if mask is not None:
+                scores[name] = torch.where(mask.bool(), value, lowest)
+        return scores
+
+    @torch.no_grad()
+    def _set_masks(self, trainer: pl.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        gone = total = 0
+        for name, weight, mask in self._masked(network):
+            if name not in masks:
+                mask.fill_(1)
+                continue
+            mask.copy_(masks[name])
+            gone, total = gone + int((mask == 0).sum()), total + mask.numel()
+            self._forget(trainer, weight, mask)
+        self._pairs = None
+        self._hold(network)
+        rank_zero_info(f"WeightPruning: {gone / max(total, 1):.2%} of {total:,} weights are zero")
+
+    @torch.no_grad()
+    def _hold(self, network: nn.Module) -> None:
+        if not self._released:
+            for (_, weight, _), dead in zip(self._masked(network), self._dead, strict=True):
+                weight.masked_fill_(dead, 0.0)  # a product would leave zeros with a sign, which are other bits
+
+    @staticmethod
+    def _forget(trainer: pl.Trainer, weight: nn.Parameter, mask: Tensor) -> None:
+        """Dead weights have no momentum."""
+        for optimizer in trainer.optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.mul_(mask)
+
+    @torch.no_grad()
+    def _go_back(self, trainer: pl.Trainer, network: nn.Module) -> None:
+        for name, value in named_tensors(network):
+            if name in self._initial and self._initial[name].shape == value.shape:
+                value.copy_(self._initial[name])
+        self._hold(network)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+
+    # RigL.
+
+    def _exchanges(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        due = bool(self.regrow and self.done >= 1.0 and step and step % self.every == 0)
+        return due and _progress(trainer) < self._until(trainer)
+
+    def _until(self, trainer: pl.Trainer) -> float:
+        return self.end if isinstance(self.end, float) else self.end / (trainer.max_epochs or math.inf)
+
+    @torch.no_grad()
+    def _exchange(self, trainer: pl.Trainer, network: nn.Module) -> None:
+        """The smallest of the living weights die; of the dead ones, those with the largest gradients live."""
+        share = self.regrow / 2 * (1 + math.cos(math.pi * _progress(trainer) / self._until(trainer)))
+        for _, weight, mask in self._masked(network):
+            if weight.grad is not None:
+                exchange(weight.detach(), mask, weight.grad, share)
+                self._forget(trainer, weight, mask)
+        self._pairs = None
+        self._hold(network)
+
+
+def _progress(trainer: pl.Trainer) -> float:
+    total = trainer.estimated_stepping_batches
+    return trainer.global_step / total if total and math.isfinite(total) else 0.0

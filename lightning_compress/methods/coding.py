@@ -1,0 +1,279 @@
+"""Entropy coding of tensors: exact to the bit, and small where values are zero or occur many times.
+
+Deep Compression (Han, Mao and Dally 2015, arXiv 1510.00149) stores a pruned and shared layer as distances between its
+nonzero weights and indices into a codebook, both with Huffman codes. Here where the zeros are is coded by an arithmetic
+coder whose model learns on the way which inputs of a layer are used (its rows tell how full they are), and the values
+by the frequencies of the codebook; neither is worse than the entropy of what it replaces, and both need no table of
+codes. The model is made with additions, multiplications and divisions alone, which every machine rounds alike.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["CodingError", "decode", "encode", "worth_trying"]
+
+Words = NDArray[Any]
+Floats = NDArray[np.float64]
+
+_HEADER = struct.Struct("<BBQI")  # version, flags, nonzero elements, entries of the codebook
+_VERSION = 1
+_ZEROS, _ROWS, _TABLE = 1, 2, 4  # flags: there are zeros; rows say how full they are; values have a codebook
+
+MAX_ROWS = 4096
+MIN_COLUMNS = 16
+"""A matrix with more rows, or fewer columns, is coded as one row."""
+
+MAX_TABLE = 1 << 16
+TABLE_SHARE = 0.5
+"""A codebook has at most so many entries, and at most this many for each value that it stands for."""
+
+PRIOR = 4.0
+"""How many rows the density of the whole tensor counts for, when that of a column is learned."""
+
+_LEVELS = 255  # of how full a row is
+
+_SAMPLE = 4096
+
+
+class CodingError(ValueError):
+    """A tensor that cannot be coded, or data that is no coded tensor."""
+
+
+def worth_trying(tensor: Tensor) -> bool:
+    """Whether coding may make a tensor smaller, told by a few of its elements."""
+    if tensor.numel() < 64 or tensor.is_meta:
+        return False
+    flat = _words(tensor).reshape(-1)
+    sample = flat[:: max(1, flat.size // _SAMPLE)]
+    return bool((sample == 0).mean() > 0.05 or len(np.unique(sample)) < sample.size // 2)
+
+
+def encode(tensor: Tensor) -> bytes:
+    """Code a tensor.
+
+    Args:
+        tensor: any dense tensor; its first dim are the rows of a matrix.
+
+    Returns:
+        What `decode` makes the same bits of; it may be longer than the tensor, if there is nothing to gain.
+
+    Example:
+        >>> weight = torch.zeros(64, 64)
+        >>> weight[::4, ::8] = 0.5
+        >>> code = encode(weight)
+        >>> len(code) < 300, torch.equal(decode(code, weight.dtype, weight.shape), weight)
+        (True, True)
+    """
+    words = _words(tensor)
+    rows, columns = _layout(words.shape)
+    matrix = words.reshape(rows, columns)
+    nonzero = matrix != 0
+    count = int(nonzero.sum())
+    values = matrix[nonzero]
+    table, index, frequency = _table(values)
+    flags = (_ZEROS if count < matrix.size else 0) | (_TABLE if len(table) else 0)
+    parts = [b""]
+    if 0 < count < matrix.size:
+        by_rows, plain = _encode_mask(nonzero, count, True), _encode_mask(nonzero, count, False)
+        if len(by_rows) < len(plain):
+            flags |= _ROWS
+        parts.append(_pack(min(by_rows, plain, key=len)))
+    if len(table):
+        parts += [table.tobytes(), frequency.tobytes(), _pack(_encode_values(index, frequency))]
+    else:
+        parts.append(values.tobytes())
+    parts[0] = _HEADER.pack(_VERSION, flags, count, len(table))
+    return b"".join(parts)
+
+
+def decode(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The tensor that `encode` was given.
+
+    Args:
+        data: what it returned.
+        dtype: of the tensor.
+        shape: of the tensor.
+
+    Raises:
+        CodingError: the data is not a coded tensor of this type and shape.
+    """
+    empty = _words(torch.empty(0, dtype=dtype))
+    rows, columns = _layout(tuple(shape))
+    size = rows * columns
+    try:
+        version, flags, count, entries = _HEADER.unpack_from(data)
+        if version != _VERSION or count > size:
+            raise CodingError(f"coded by another version ({version}), or of another shape than {list(shape)}")
+        rest = memoryview(data)[_HEADER.size :]
+        nonzero = np.full((rows, columns), count == size)
+        if 0 < count < size:
+            stream, rest = _unpack(rest)
+            nonzero = _decode_mask(stream, rows, columns, count, bool(flags & _ROWS))
+        if flags & _TABLE:
+            table, rest = _array(rest, empty.dtype, entries)
+            frequency, rest = _array(rest, np.dtype("<u2"), entries)
+            stream, rest = _unpack(rest)
+            values = table[_decode_values(stream, frequency, count)]
+        else:
+            values, rest = _array(rest, empty.dtype, count)
+        matrix = np.zeros((rows, columns), empty.dtype)
+        matrix[nonzero] = values
+    except (struct.error, ValueError, IndexError, AssertionError) as error:
+        raise CodingError(f"damaged code of a tensor: {error}") from error
+    if len(rest):
+        raise CodingError(f"damaged code of a tensor: {len(rest)} bytes are left over")
+    return torch.from_numpy(matrix.reshape(-1)).view(dtype).reshape(tuple(shape))
+
+
+def _words(tensor: Tensor) -> Words:
+    """The bits of a tensor as integers, in its shape."""
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    size = tensor.dtype.itemsize
+    if size > 8:
+        raise CodingError(f"cannot code a tensor of {tensor.dtype}")
+    words: Words = flat.view(torch.uint8).numpy().view(np.dtype(f"<i{size}"))
+    return words.reshape(tuple(tensor.shape))
+
+
+def _layout(shape: Sequence[int]) -> tuple[int, int]:
+    size = math.prod(shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    if not size or rows > MAX_ROWS or size // rows < MIN_COLUMNS:
+        rows = 1
+    return rows, size // rows
+
+
+# Where the zeros are.
+
+
+def _encode_mask(nonzero: NDArray[np.bool_], count: int, by_rows: bool) -> bytes:
+    levels = _levels(nonzero) if by_rows else np.empty(0, np.uint8)
+    encoder = constriction.stream.queue.RangeEncoder()
+    model = constriction.stream.model.Bernoulli(perfect=False)
+    learned = _Densities(len(nonzero), nonzero.shape[1], count)
+    for number, row in enumerate(nonzero):
+        level = levels[number] if by_rows else None
+        if level is None or 0 < level < _LEVELS:
+            encoder.encode(row.astype(np.int32), model, learned.expected(level))
+        learned.learn(row)
+    return levels.tobytes() + _stream(encoder.get_compressed())
+
+
+def _decode_mask(data: memoryview, rows: int, columns: int, count: int, by_rows: bool) -> NDArray[np.bool_]:
+    levels, data = _array(data, np.dtype(np.uint8), rows if by_rows else 0)
+    decoder = constriction.stream.queue.RangeDecoder(_unstream(data))
+    model = constriction.stream.model.Bernoulli(perfect=False)
+    learned = _Densities(rows, columns, count)
+    nonzero = np.zeros((rows, columns), bool)
+    for number, row in enumerate(nonzero):
+        level = levels[number] if by_rows else None
+        if level is None or 0 < level < _LEVELS:
+            row[:] = decoder.decode(model, learned.expected(level)) != 0
+        else:
+            row[:] = level == _LEVELS
+        learned.learn(row)
+    return nonzero
+
+
+def _levels(nonzero: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """How full each row is; the first and the last level are kept for those that are empty and full."""
+    share = nonzero.mean(1)
+    level = np.clip(np.rint(share * _LEVELS), 1, _LEVELS - 1)
+    return np.where(share == 0, 0, np.where(share == 1, _LEVELS, level)).astype(np.uint8)
+
+
+class _Densities:
+    """How likely each element of the next row is not zero, by what the rows before it were."""
+
+    def __init__(self, rows: int, columns: int, count: int) -> None:
+        self.whole = count / (rows * columns)
+        self.found = np.zeros(columns)
+        self.rows = 0
+
+    def expected(self, level: int | None) -> Floats:
+        column: Floats = (self.found + PRIOR * self.whole) / (self.rows + PRIOR)
+        if level is not None:  # odds multiply where rows and columns are independent
+            share = level / _LEVELS
+            odds = column / (1 - column) * (share / (1 - share)) / (self.whole / (1 - self.whole))
+            column = odds / (1 + odds)
+        return np.clip(column, 1e-6, 1 - 1e-6)
+
+    def learn(self, row: NDArray[np.bool_]) -> None:
+        self.found += row
+        self.rows += 1
+
+
+# What the others are.
+
+
+def _table(values: Words) -> tuple[Words, NDArray[np.int32], NDArray[np.uint16]]:
+    """The codebook, each value's place in it, and frequencies; an empty one where it would not pay."""
+    nothing = values[:0], np.empty(0, np.int32), np.empty(0, np.uint16)
+    if len(values) > _SAMPLE:
+        sample = values[:: len(values) // _SAMPLE]
+        if len(np.unique(sample)) > TABLE_SHARE * len(sample):
+            return nothing
+    table, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if not len(table) or len(table) > min(MAX_TABLE, TABLE_SHARE * len(values)):
+        return nothing
+    frequency = np.clip(np.rint(counts * (65535 / counts.max())), 1, 65535).astype("<u2")
+    return table, index.astype(np.int32), frequency
+
+
+def _encode_values(index: NDArray[np.int32], frequency: NDArray[np.uint16]) -> bytes:
+    if len(frequency) == 1:
+        return b""
+    encoder = constriction.stream.queue.RangeEncoder()
+    encoder.encode(index, _categorical(frequency))
+    return _stream(encoder.get_compressed())
+
+
+def _decode_values(data: memoryview, frequency: NDArray[np.uint16], count: int) -> NDArray[np.int32]:
+    if len(frequency) == 1:
+        return np.zeros(count, np.int32)
+    decoder = constriction.stream.queue.RangeDecoder(_unstream(data))
+    index: NDArray[np.int32] = decoder.decode(_categorical(frequency), count)
+    return index
+
+
+def _categorical(frequency: NDArray[np.uint16]) -> Any:
+    return constriction.stream.model.Categorical(frequency / frequency.astype(np.int64).sum(), perfect=False)
+
+
+# Bytes.
+
+
+def _stream(words: NDArray[np.uint32]) -> bytes:
+    return words.astype("<u4").tobytes()
+
+
+def _unstream(data: memoryview) -> NDArray[np.uint32]:
+    return np.frombuffer(data, "<u4").astype(np.uint32)
+
+
+def _pack(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def _unpack(data: memoryview) -> tuple[memoryview, memoryview]:
+    (length,) = struct.unpack_from("<I", data)
+    if len(data) < 4 + length:
+        raise CodingError("damaged code of a tensor: it ends too early")
+    return data[4 : 4 + length], data[4 + length :]
+
+
+def _array(data: memoryview, dtype: np.dtype[Any], count: int) -> tuple[Words, memoryview]:
+    size = count * dtype.itemsize
+    if len(data) < size:
+        raise CodingError("damaged code of a tensor: it ends too early")
+    return np.frombuffer(data[:size], dtype), data[size:]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.filters import CompactFilters
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.callbacks.sharing import WeightSharing
     from lightning_compress.callbacks.weights import WeightPruning
     from lightning_compress.checkpoints import load_from_checkpoint
     from lightning_compress.distill.module import DistillationModule
@@ -43,6 +44,7 @@ __all__ = [
     "LowRankFactorization",
     "MutualModule",
     "WeightPruning",
+    "WeightSharing",
     "apply_edits",
     "compact_filters",
     "expand",
@@ -68,6 +70,7 @@ _HOMES = {
     "LowRankFactorization": "lightning_compress.callbacks.factorization",
     "MutualModule": "lightning_compress.distill.mutual",
     "WeightPruning": "lightning_compress.callbacks.weights",
+    "WeightSharing": "lightning_compress.callbacks.sharing",
     "apply_edits": "lightning_compress.edits",
     "compact_filters": "lightning_compress.methods.filters",
     "expand": "lightning_compress.methods.reparameterization",

@@ -20,8 +20,8 @@ from lightning_compress.edits import Spec, describe
 
 __all__ = ["Geometry", "weight_of"]
 
-CHUNK = 1 << 20
-"""Most elements of the patches that are made at once: 8 MB in double precision."""
+CHUNK = 1 << 19
+"""Most elements of the patches that are made at once: 4 MB in double precision."""
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:

@@ -189,7 +189,7 @@ def test_the_artifact_is_small_and_knows_no_masks(tmp_path: Path) -> None:
     state = module.net.state_dict()
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, state[name])
-    assert (tmp_path / "a").stat().st_size < 0.4 * dense  # of a network with few weights and many names
+    assert (tmp_path / "a").stat().st_size < 0.2 * dense
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(loaded(x), module.net.eval()(x))
 

@@ -1,0 +1,237 @@
+"""Weight sharing in a Lightning run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_compress.artifact import artifact_bytes
+from lightning_compress.budget import Budget, BudgetError
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.capture import Captured, capture, find_network
+from lightning_compress.edits import Companions, Edit, companion
+from lightning_compress.methods.allocation import Option, allocate
+from lightning_compress.methods.coding import encode
+from lightning_compress.methods.sharing import Start, centroids, cluster, tie
+from lightning_compress.methods.sparsity_data import input_norms
+
+__all__ = ["WeightSharing"]
+
+ORIGIN = "weight_sharing"
+
+MAX_BITS = 8
+
+
+class WeightSharing(CompressionCallback):
+    """Let the weights of each layer share a few values, and go on training these values.
+
+    From the edit on, all weights of a cluster move together: their gradients are tied, so that what is trained is a
+    codebook for each layer, as in Deep Compression (Han, Mao and Dally 2015, arXiv 1510.00149). Zeros stay zero. The
+    network computes as before, with dense weights, and is no faster; its file is smaller, since the artifact codes
+    repeated values.
+
+    Args:
+        bits: logarithm of the number of values of each layer (zero is not among them); or pattern of parameter names
+            -> bits, where the first that matches counts and layers that none matches stay; None, with a budget.
+        budget: of bytes: bits are shared out over layers, from 1 to 8, by the error of their outputs for the bytes of
+            the coded file that are saved.
+        start: when weights are shared: a float is a fraction of training, an integer an epoch.
+        clustering: where k-means starts: `exact` (the best clustering), `linear`, `density`, `random`.
+        gradient: what moves a value: the `mean` of its weights' gradients, or their `sum`, as in the paper, which needs
+            a learning rate that fits.
+        samples: number of calibration samples, for a budget.
+        exclude: patterns of parameter or module names that stay as they are.
+        network: dotted name of the network inside the LightningModule; by default it is found.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> WeightSharing(bits=9)
+        Traceback (most recent call last):
+        ValueError: `bits` must be from 1 to 8, got 9
+    """
+
+    settles_values: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        bits: int | Mapping[str, int] | None = 5,
+        budget: Budget | None = None,
+        start: float | int = 0.5,
+        clustering: Start = "exact",
+        gradient: str = "mean",
+        samples: int = 256,
+        exclude: Sequence[str] = (),
+        network: str | None = None,
+    ) -> None:
+        """Check the arguments."""
+        super().__init__(start=start, end=start, steps=1, schedule="one_shot", network=network)
+        if (bits is None) == (budget is None):
+            raise ValueError(f"give either `bits` or `budget`, got bits={bits!r} and budget={budget!r}")
+        if budget is not None and (not isinstance(budget, Budget) or budget.given().keys() != {"bytes"}):
+            raise ValueError(f"`budget` must be one of bytes, e.g. Budget(bytes=0.1), got {budget!r}")
+        for value in bits.values() if isinstance(bits, Mapping) else [] if bits is None else [bits]:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
+                raise ValueError(f"`bits` must be from 1 to {MAX_BITS}, got {value!r}")
+        if clustering not in get_args(Start):
+            raise ValueError(f"`clustering` must be one of {', '.join(get_args(Start))}, got {clustering!r}")
+        if gradient not in ("mean", "sum"):
+            raise ValueError(f"`gradient` must be mean or sum, got {gradient!r}")
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
+        self.bits = dict(bits) if isinstance(bits, Mapping) else bits
+        self.budget, self.clustering, self.gradient = budget, clustering, gradient
+        self.samples, self.exclude = samples, tuple(exclude)
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._shared: list[tuple[nn.Parameter, Tensor, int]] | None = None
+        self._hooks: list[Any] = []
+
+    # What the base asks.
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """See `CompressionCallback`."""
+        captured = capture(trainer, pl_module, self.network)
+        names = {*dict(captured.network.named_parameters()), *dict(captured.network.named_modules())}
+        for pattern in [*self.exclude, *(self.bits if isinstance(self.bits, dict) else ())]:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise MisconfigurationException(f"pattern {pattern!r} matches no parameter and no module")
+        if not self._choose(captured.network):
+            raise MisconfigurationException("no weight of this network can be shared: none has two dims, or all stay")
+        dense = {"bytes": float(artifact_bytes(captured.network, coded=False))}
+        others = [c for c in trainer.callbacks if isinstance(c, CompressionCallback) and c is not self]  # type: ignore[attr-defined]
+        if self.budget is not None and not others:  # else the network will be another one by then
+            self._within(captured, dense)
+        return dense
+
+    def edit(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, amount: float
+    ) -> tuple[Captured, Sequence[Edit], Mapping[str, str]]:
+        """See `CompressionCallback`."""
+        captured = capture(trainer, pl_module, self.network, 1 if self.budget is None else self.samples)
+        network = captured.network
+        chosen = self._choose(network)
+        if self.budget is None:
+            self._found = {name: cluster(w, 2 ** self._bits(name), self.clustering) for name, w in chosen.items()}
+        else:
+            self._found = self._within(captured, self.dense)
+        new = {name: tuple(chosen[name].shape) for name in self._found if companion(network, name, "code") is None}
+        weights = [name for name, weight in network.named_parameters() if weight.dim() >= 2]
+        left = {name: "excluded, no `bits` for it, or nothing to gain" for name in weights if name not in self._found}
+        return captured, [Companions("code", new, ORIGIN)] if new else [], left
+
+    @torch.no_grad()
+    def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`."""
+        network = self._network(pl_module)
+        parameters = dict(network.named_parameters())
+        for name, (book, code) in self._found.items():
+            kept = companion(network, name, "code")
+            assert kept is not None
+            kept.copy_(code)
+            parameters[name].copy_(book[code.long()])
+            for optimizer in trainer.optimizers:
+                for value in optimizer.state.get(parameters[name], {}).values():
+                    if isinstance(value, Tensor) and value.shape == code.shape:
+                        value.copy_(tie(value, code, len(book)))
+        used = sum(len(book) - 1 for book, _ in self._found.values())
+        rank_zero_info(f"WeightSharing: {len(self._found)} tensors share {used:,} values")
+        self._found, self._shared = {}, None
+
+    @torch.no_grad()
+    def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tie the gradients of weights that share a value."""
+        for weight, code, count in self._all(self._network(pl_module)):
+            if weight.grad is not None:
+                weight.grad.copy_(tie(weight.grad, code, count, average=self.gradient == "mean"))
+
+    # The life.
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`; from now on the weights of a cluster stay the same after every step."""
+        super().on_train_start(trainer, pl_module)
+        network, self._shared = self._network(pl_module), None
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold(network)))
+
+    def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Edits of other callbacks may have cut tensors, and written to weights."""
+        self._shared = None
+        self._hold(self._network(pl_module))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave module and optimizers as they came."""
+        super().teardown(trainer, pl_module, stage)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._shared = None
+
+    # Weights and codes.
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        return pl_module.get_submodule(find_network(pl_module, self.network))
+
+    def _bits(self, name: str) -> int:
+        if isinstance(self.bits, int):
+            return self.bits
+        return next((bits for pattern, bits in (self.bits or {}).items() if _matches(name, pattern)), 0)
+
+    def _choose(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        return {
+            name: weight
+            for name, weight in network.named_parameters()
+            if weight.dim() >= 2
+            and weight.requires_grad
+            and not any(_matches(name, pattern) for pattern in self.exclude)
+            and (self.bits is None or self._bits(name))
+        }
+
+    def _within(self, captured: Captured, dense: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codebooks of as many bits as a budget of bytes allows, each layer by what its outputs lose."""
+        assert self.budget is not None
+        network, chosen = captured.network, self._choose(captured.network)
+        norms = input_norms(network, captured.calibration)
+        options, saved = [], 0.0
+        for name, weight in chosen.items():
+            norm = norms.get(name, torch.ones(1, device=weight.device)).view(1, -1, *[1] * (weight.dim() - 2))
+            energy = float((weight.detach() * norm).square().sum().clamp_min(1e-30))
+            layer = [Option(None, 0.0, {"bytes": float(len(encode(weight)))})]
+            for bits in range(MAX_BITS, 0, -1):
+                book, code = cluster(weight, 2**bits, self.clustering)
+                shared = book[code.long()]
+                error = float(((weight.detach() - shared) * norm).square().sum()) / energy
+                layer.append(Option((name, book, code), error, {"bytes": float(len(encode(shared)))}))
+            saved += layer[0].costs["bytes"]
+            options.append(layer)
+        rest = {"bytes": max(0.0, artifact_bytes(network) - saved)}
+        limits = self.budget.limits(dense)
+        try:
+            found = allocate(options, rest, limits)
+        except BudgetError as error:
+            raise BudgetError(f"{error} by sharing weights") from error
+        return {option.choice[0]: option.choice[1:] for option in found if option.choice is not None}
+
+    def _all(self, network: nn.Module) -> list[tuple[nn.Parameter, Tensor, int]]:
+        """Weight, code and number of values of all that share; kept, for each step asks."""
+        if self._shared is None:
+            beside = ((weight, companion(network, name, "code")) for name, weight in network.named_parameters())
+            self._shared = [(weight, code, int(code.max()) + 1) for weight, code in beside if code is not None]
+        return self._shared
+
+    @torch.no_grad()
+    def _hold(self, network: nn.Module) -> None:
+        for weight, code, count in self._all(network):
+            weight.copy_(centroids(weight, code, count)[code.long()])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))

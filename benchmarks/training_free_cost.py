@@ -1,21 +1,19 @@
 """What calibration costs, in time and memory, on a ResNet-56: beside a training epoch and a forward pass.
 
 The time of an epoch is estimated from timed steps: their median times the steps of 50,000 images. Memory is measured
-in the same way for calibration and forward pass, twice: the storages of tensors alive at the worst moment beyond those
-that were there before, seen from torch's dispatcher; and what the process took from the system beyond what it had.
+in the same way for calibration and forward pass: the storages of tensors alive at the worst moment beyond those that
+were there before, seen from torch's dispatcher.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import re
 import statistics
 import time
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,10 +157,6 @@ def _peak(what: str, decomposition: str) -> dict[str, Any]:
     net, x = _network(), _inputs()
     with torch.no_grad():
         net(x[:1])
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if refs.exists():
-        refs.write_text("5")  # the high-water mark starts anew
-    before = _kilobytes(status, "VmRSS")
     with PeakMemory([*net.parameters(), *net.buffers(), x]) as mode:
         if what == "calibration":
             calibrate(net, x, MACS)
@@ -172,14 +166,7 @@ def _peak(what: str, decomposition: str) -> dict[str, Any]:
         else:
             net.train()
             F.cross_entropy(net(x[:FORWARD_BATCH]), torch.arange(FORWARD_BATCH) % 10).backward()
-    after = _kilobytes(status, "VmHWM")
-    return {"peak_bytes": mode.peak, "rss_bytes": None if before is None else 1024 * (after - before)}
-
-
-def _kilobytes(status: Path, field: str) -> Any:
-    """What the system says of this process; None where it does not tell."""
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) if found else None
+    return {"peak_bytes": mode.peak}
 
 
 def print_costs(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> None:
@@ -188,7 +175,7 @@ def print_costs(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Co
     if not cases:
         return
     columns = ("decomposition", "CPU s", "epoch CPU s", "ratio", "wall s", "epoch wall s", "ratio")
-    memory = ("peak MB", "forward MB", "ratio", "RSS MB", "forward RSS MB", "ratio")
+    memory = ("peak MB", "forward MB", "ratio")
     table = marked_table(*columns, *memory)
     verdicts = []
     for case in cases:
@@ -199,12 +186,8 @@ def print_costs(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Co
             ("cpu_seconds", EPOCH, 1.0),
             ("seconds", EPOCH, 1.0),
             ("peak_bytes", FORWARD, 1e6),
-            ("rss_bytes", FORWARD, 1e6),
         ):
             mine, theirs = ours[unit], sides[other][unit]
-            if mine is None or not theirs:
-                cells += ["–"] * 3
-                continue
             ratios[unit] = mine / theirs
             cells += [f"{mine / scale:.1f}", f"{theirs / scale:.1f}", f"{ratios[unit]:.2f}"]
         table.add_row(name.replace("; ", ", "), *cells)
@@ -218,5 +201,5 @@ def print_costs(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Co
     console.print(
         f"The epoch is an estimate: the median of timed steps × {math.ceil(EPOCH_IMAGES / EPOCH_BATCH)}, the steps of "
         f"{EPOCH_IMAGES:,} images with batch {EPOCH_BATCH}. Forward: batch {FORWARD_BATCH}, without gradients. Peak: "
-        "bytes of tensors beyond those that were there before; RSS: what the process grew by.\n"
+        "bytes of tensors beyond those that were there before.\n"
     )

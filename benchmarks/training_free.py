@@ -50,7 +50,7 @@ from benchmarks.training_free_runtime import BATCHES, RUNTIMES, compare, tasks_t
 from benchmarks.training_free_sides import OPERATORS, VARIANTS, missing_peers
 from lightning_compress.files import write_atomic
 
-WIDTH = 200  # of tables that go to a file
+WIDTH = 300  # of tables that go to a file
 USUAL_VARIANTS = [variant for variant in VARIANTS if variant != "random"]  # which without training is chance
 COSTED = {True: ("spatial",), False: ("spatial", "channel", "tucker", "cp")}  # quick or not
 Work = tuple[Callable[..., Found], tuple[Any, ...]]

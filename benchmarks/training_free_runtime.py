@@ -166,10 +166,10 @@ def print_latency(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], cell: str
     names = list(dict.fromkeys(case.removeprefix(start).rsplit("; ", 2)[0] for case in rows if case.startswith(start)))
     if not names:
         return
-    titles = [f"{runtime}, batch {batch}" for runtime, batch in ways]
+    titles = [f"{runtime}, {batch}" for runtime, batch in ways]
     table = marked_table("operator", "MACs", *titles, "in reality", left=1)
     dense_ms: dict[str, list[float]] = {way: [] for way in titles}
-    refused = []
+    refused: list[str] = []
     for name in names:
         cells, gains, thin_gains, macs = [], {}, {}, ""
         for way, (runtime, batch) in zip(titles, ways, strict=True):
@@ -177,7 +177,8 @@ def print_latency(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], cell: str
             ours = next((metrics for side, metrics in sides.items() if side.startswith("ours ")), {})
             if "cpu_ms" not in ours:
                 cells.append("refused" if ours else "")
-                refused.append(f"- {name}, {way}: {ours.get('refused', 'not measured')}")
+                reason = f"{name}: {ours.get('refused', 'not measured')}"
+                refused += [reason] if reason not in refused else []
                 continue
             dense, thin = sides["dense"], sides[THIN]
             gains[way], thin_gains[way] = dense["cpu_ms"] / ours["cpu_ms"], dense["cpu_ms"] / thin["cpu_ms"]
@@ -185,10 +186,13 @@ def print_latency(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], cell: str
             cells.append(f"{gains[way]:.2f}× ({thin_gains[way]:.2f}×)")
             dense_ms[way].append(dense["wall_ms"])
         table.add_row(name.replace("; ", ", "), macs, *cells, _verdict(gains))
-    console.print(f"**{title}, latency.** How many times faster than the dense network (in brackets: the thin one).")
+    console.print(
+        f"**{title}, latency** by runtime and batch size. How many times faster than the dense network (in brackets: "
+        "the thin one)."
+    )
     console.print(table)
-    for line in refused:
-        console.print(line)
+    for reason in refused:
+        console.print(f"- {reason}")
     times = ", ".join(f"{way} {statistics.median(ms):.2f} ms" for way, ms in dense_ms.items() if ms)
     console.print(
         f"Ratios of medians of processor time, one thread, the three in turns. Thin: the same architecture, as wide as "

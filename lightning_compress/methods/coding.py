@@ -85,9 +85,8 @@ def encode(tensor: Tensor) -> bytes:
     parts = [b""]
     if 0 < count < matrix.size:
         by_rows, plain = _encode_mask(nonzero, count, True), _encode_mask(nonzero, count, False)
-        if len(by_rows) < len(plain):
-            flags |= _ROWS
-        parts.append(_pack(min(by_rows, plain, key=len)))
+        flags |= _ROWS if len(by_rows) < len(plain) else 0
+        parts.append(_pack(by_rows if flags & _ROWS else plain))
     if len(table):
         parts += [table.tobytes(), frequency.tobytes(), _pack(_encode_values(index, frequency))]
     else:

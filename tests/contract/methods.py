@@ -13,6 +13,8 @@ from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.factorization import LowRankFactorization
 from lightning_compress.callbacks.filters import CompactFilters
 from lightning_compress.callbacks.pruning import ChannelPruning
+from lightning_compress.callbacks.sharing import WeightSharing
+from lightning_compress.callbacks.weights import WeightPruning
 from lightning_compress.distill import Term
 from lightning_compress.distill.losses import KD, FitNet
 from tests.contract.nets import Plain
@@ -82,6 +84,12 @@ METHODS: dict[str, Method] = {
     "channel_pruning_slimming": Method(_pruning(criterion="bn_scale", sparsity=1e-3, ranking="layer"), budget=0.6),
     "channel_pruning_self_distilled": Method(_taught_by_itself),
     "distillation": Method(_taught, budget=None),
+    "weight_pruning": Method(lambda _: [WeightPruning(0.8, start=1, end=3, steps=2)], budget=None),
+    "weight_sharing": Method(lambda _: [WeightSharing(4, start=2)], budget=None),
+    "deep_compression": Method(
+        lambda _: [Distillation("self"), WeightPruning(0.8, start=1, end=1, steps=1), WeightSharing(3, start=3)],
+        budget=None,
+    ),
     "low_rank": Method(_low_rank(), budget=0.6, renames=True),
     "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),
     "low_rank_then_pruning": Method(_factorized_and_pruned, renames=True),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.budget import BudgetError
-from lightning_compress.edits import EditError, Replace, apply_edits, history
+from lightning_compress.edits import EditError, Replace, apply_edits, companions, history
 from lightning_compress.footprint import Footprint, measure
 from tests.contract.methods import METHODS, Method
 from tests.contract.nets import NETS
@@ -210,7 +210,9 @@ def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: 
     module = task(net)
     fit(module, tmp_path, *method.make())
     model = module.net.eval()
-    names, before = list(model.state_dict()), list(NETS[net]().state_dict())
+    beside = {f"{path}.{name}" for path, part in model.named_modules() for name in companions(part)}
+    names = [name for name in model.state_dict() if name not in beside]  # masks are for training, and in no artifact
+    before = list(NETS[net]().state_dict())
     if method.renames:  # what replaces a layer lives under its name; all else keeps its own
         replaced = {path for edit in history(model) if isinstance(edit, Replace) for path in edit.layers}
         inside = tuple(f"{path}." for path in replaced)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.capture import Captured, capture, find_network
-from lightning_compress.edits import Companions, Edit, companion
+from lightning_compress.callbacks.capture import Captured, capture
+from lightning_compress.callbacks.held import HeldWeights, matches
+from lightning_compress.edits import Edit, companion
 from lightning_compress.methods.allocation import Option, allocate
 from lightning_compress.methods.coding import encode
 from lightning_compress.methods.sharing import Start, centroids, cluster, tie
@@ -24,12 +23,10 @@ from lightning_compress.methods.sparsity_data import input_norms
 
 __all__ = ["WeightSharing"]
 
-ORIGIN = "weight_sharing"
-
 MAX_BITS = 8
 
 
-class WeightSharing(CompressionCallback):
+class WeightSharing(HeldWeights):
     """Let the weights of each layer share a few values, and go on training these values.
 
     From the edit on, all weights of a cluster move together: their gradients are tied, so that what is trained is a
@@ -59,7 +56,8 @@ class WeightSharing(CompressionCallback):
         ValueError: `bits` must be from 1 to 8, got 9
     """
 
-    settles_values: ClassVar[bool] = True
+    role: ClassVar[str] = "code"
+    origin: ClassVar[str] = "weight_sharing"
 
     def __init__(
         self,
@@ -73,7 +71,7 @@ class WeightSharing(CompressionCallback):
         network: str | None = None,
     ) -> None:
         """Check the arguments."""
-        super().__init__(start=start, end=start, steps=1, schedule="one_shot", network=network)
+        super().__init__(exclude=exclude, start=start, end=start, steps=1, schedule="one_shot", network=network)
         if (bits is None) == (budget is None):
             raise ValueError(f"give either `bits` or `budget`, got bits={bits!r} and budget={budget!r}")
         if budget is not None and (not isinstance(budget, Budget) or budget.given().keys() != {"bytes"}):
@@ -89,22 +87,16 @@ class WeightSharing(CompressionCallback):
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
         self.bits = dict(bits) if isinstance(bits, Mapping) else bits
         self.budget, self.clustering, self.gradient = budget, clustering, gradient
-        self.samples, self.exclude = samples, tuple(exclude)
+        self.samples = samples
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
-        self._shared: list[tuple[nn.Parameter, Tensor, int]] | None = None
-        self._hooks: list[Any] = []
+        self._counts: list[int] = []
 
     # What the base asks.
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network)
-        names = {*dict(captured.network.named_parameters()), *dict(captured.network.named_modules())}
-        for pattern in [*self.exclude, *(self.bits if isinstance(self.bits, dict) else ())]:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise MisconfigurationException(f"pattern {pattern!r} matches no parameter and no module")
-        if not self._choose(captured.network):
-            raise MisconfigurationException("no weight of this network can be shared: none has two dims, or all stay")
+        self.require(captured.network, self.bits if isinstance(self.bits, dict) else ())
         dense = {"bytes": float(artifact_bytes(captured.network, coded=False))}
         others = [c for c in trainer.callbacks if isinstance(c, CompressionCallback) and c is not self]  # type: ignore[attr-defined]
         if self.budget is not None and not others:  # else the network will be another one by then
@@ -117,20 +109,18 @@ class WeightSharing(CompressionCallback):
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network, 1 if self.budget is None else self.samples)
         network = captured.network
-        chosen = self._choose(network)
+        chosen, left = self.choose(network)
         if self.budget is None:
             self._found = {name: cluster(w, 2 ** self._bits(name), self.clustering) for name, w in chosen.items()}
         else:
             self._found = self._within(captured, self.dense)
-        new = {name: tuple(chosen[name].shape) for name in self._found if companion(network, name, "code") is None}
-        weights = [name for name, weight in network.named_parameters() if weight.dim() >= 2]
-        left = {name: "excluded, no `bits` for it, or nothing to gain" for name in weights if name not in self._found}
-        return captured, [Companions("code", new, ORIGIN)] if new else [], left
+        left |= {name: "would save nothing, or is not needed" for name in chosen if name not in self._found}
+        return captured, self.companions(network, {name: chosen[name] for name in self._found}), left
 
     @torch.no_grad()
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""
-        network = self._network(pl_module)
+        network = self.target(pl_module)
         parameters = dict(network.named_parameters())
         for name, (book, code) in self._found.items():
             kept = companion(network, name, "code")
@@ -143,61 +133,49 @@ class WeightSharing(CompressionCallback):
                         value.copy_(tie(value, code, len(book)))
         used = sum(len(book) - 1 for book, _ in self._found.values())
         rank_zero_info(f"WeightSharing: {len(self._found)} tensors share {used:,} values")
-        self._found, self._shared = {}, None
+        self._found = {}
+        self.changed()
 
     @torch.no_grad()
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tie the gradients of weights that share a value."""
-        for weight, code, count in self._all(self._network(pl_module)):
+        network = self.target(pl_module)
+        for (_, weight, code), count in zip(self.held(network), self._values(network), strict=True):
             if weight.grad is not None:
                 weight.grad.copy_(tie(weight.grad, code, count, average=self.gradient == "mean"))
 
-    # The life.
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `CompressionCallback`; from now on the weights of a cluster stay the same after every step."""
-        super().on_train_start(trainer, pl_module)
-        network, self._shared = self._network(pl_module), None
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold(network)))
-
-    def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Edits of other callbacks may have cut tensors, and written to weights."""
-        self._shared = None
-        self._hold(self._network(pl_module))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave module and optimizers as they came."""
-        super().teardown(trainer, pl_module, stage)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._shared = None
-
     # Weights and codes.
 
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        return pl_module.get_submodule(find_network(pl_module, self.network))
+    def refuses(self, name: str, weight: Tensor) -> str | None:
+        """See `HeldWeights`."""
+        return None if self.bits is None or self._bits(name) else "no pattern of `bits` matches it"
+
+    def changed(self) -> None:
+        """See `HeldWeights`."""
+        super().changed()
+        self._counts = []
+
+    @torch.no_grad()
+    def hold(self, network: nn.Module) -> None:
+        """See `HeldWeights`: the weights of a cluster have one value."""
+        for (_, weight, code), count in zip(self.held(network), self._values(network), strict=True):
+            weight.copy_(centroids(weight, code, count)[code.long()])
+
+    def _values(self, network: nn.Module) -> list[int]:
+        """How many values each tensor has, and zero."""
+        if not self._counts:
+            self._counts = [int(code.max()) + 1 for _, _, code in self.held(network)]
+        return self._counts
 
     def _bits(self, name: str) -> int:
         if isinstance(self.bits, int):
             return self.bits
-        return next((bits for pattern, bits in (self.bits or {}).items() if _matches(name, pattern)), 0)
-
-    def _choose(self, network: nn.Module) -> dict[str, nn.Parameter]:
-        return {
-            name: weight
-            for name, weight in network.named_parameters()
-            if weight.dim() >= 2
-            and weight.requires_grad
-            and not any(_matches(name, pattern) for pattern in self.exclude)
-            and (self.bits is None or self._bits(name))
-        }
+        return next((bits for pattern, bits in (self.bits or {}).items() if matches(name, pattern)), 0)
 
     def _within(self, captured: Captured, dense: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
         """Codebooks of as many bits as a budget of bytes allows, each layer by what its outputs lose."""
         assert self.budget is not None
-        network, chosen = captured.network, self._choose(captured.network)
+        network, chosen = captured.network, self.choose(captured.network)[0]
         norms = input_norms(network, captured.calibration)
         options, saved = [], 0.0
         for name, weight in chosen.items():
@@ -218,20 +196,3 @@ class WeightSharing(CompressionCallback):
         except BudgetError as error:
             raise BudgetError(f"{error} by sharing weights") from error
         return {option.choice[0]: option.choice[1:] for option in found if option.choice is not None}
-
-    def _all(self, network: nn.Module) -> list[tuple[nn.Parameter, Tensor, int]]:
-        """Weight, code and number of values of all that share; kept, for each step asks."""
-        if self._shared is None:
-            beside = ((weight, companion(network, name, "code")) for name, weight in network.named_parameters())
-            self._shared = [(weight, code, int(code.max()) + 1) for weight, code in beside if code is not None]
-        return self._shared
-
-    @torch.no_grad()
-    def _hold(self, network: nn.Module) -> None:
-        for weight, code, count in self._all(network):
-            weight.copy_(centroids(weight, code, count)[code.long()])
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -13,18 +12,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.capture import Captured, capture, find_network
-from lightning_compress.edits import ROLES, Companions, Edit, companion, named_tensors
+from lightning_compress.callbacks.capture import Captured, capture
+from lightning_compress.callbacks.held import HeldWeights
+from lightning_compress.edits import ROLES, Edit, companion, named_tensors
 from lightning_compress.methods.sparsity import ALLOCATIONS, CRITERIA, GATHERED, Pattern, gather, make_masks
 from lightning_compress.methods.sparsity_data import exchange, input_norms
 
 __all__ = ["WeightPruning"]
 
-ORIGIN = "weight_pruning"
 
-
-class WeightPruning(CompressionCallback):
+class WeightPruning(HeldWeights):
     """Set weights to zero during training, and hold them there, until a share of them is gone.
 
     Masks are part of the network's state: they are in checkpoints, and a resumed run has them at once. A pruned weight
@@ -62,7 +59,8 @@ class WeightPruning(CompressionCallback):
         ValueError: `pattern` must be unstructured, kernel, block:AxB or N:M, e.g. 2:4, got '4:2'
     """
 
-    settles_values: ClassVar[bool] = True
+    role: ClassVar[str] = "mask"
+    origin: ClassVar[str] = "weight_pruning"
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class WeightPruning(CompressionCallback):
         network: str | None = None,
     ) -> None:
         """Check the arguments."""
-        super().__init__(start=start, end=end, steps=steps, schedule=schedule, network=network)
+        super().__init__(exclude=exclude, start=start, end=end, steps=steps, schedule=schedule, network=network)
         self.pattern = Pattern(pattern)
         for name, value, known in (("criterion", criterion, CRITERIA), ("allocation", allocation, ALLOCATIONS)):
             if value not in known:
@@ -113,14 +111,12 @@ class WeightPruning(CompressionCallback):
             steps = self.steps = 1
         self.sparsity, self.criterion, self.allocation = float(sparsity), criterion, allocation
         self.rewind, self.regrow, self.every, self.release = rewind, float(regrow), every, release
-        self.floor, self.exclude, self.samples = float(floor), tuple(exclude), samples
+        self.floor, self.samples = float(floor), samples
         self._gathered: dict[str, Tensor] = {}
         self._initial: dict[str, Tensor] = {}
         self._pending = False  # masks wait for the first gradients
         self._released = False
         self._scores: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
-        self._pairs: list[tuple[str, nn.Parameter, Tensor]] | None = None
         self._dead: list[Tensor] = []
         self._amount = 0.0
 
@@ -129,14 +125,7 @@ class WeightPruning(CompressionCallback):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network)
-        names = {*dict(captured.network.named_parameters()), *dict(captured.network.named_modules())}
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise MisconfigurationException(f"`exclude` pattern {pattern!r} matches no parameter and no module")
-        chosen, left = self._choose(captured)
-        if not chosen:
-            why = "; ".join(f"{name} {reason}" for name, reason in list(left.items())[:5])
-            raise MisconfigurationException(f"no weight of this network can be pruned: {why or 'it has none'}")
+        chosen = self.require(captured.network)
         if self.rewind and not self._initial:
             kept = named_tensors(captured.network)
             roles = tuple(f"_{role}" for role in ROLES)
@@ -149,32 +138,30 @@ class WeightPruning(CompressionCallback):
         """See `CompressionCallback`."""
         wanda = self.criterion == "wanda"
         captured = capture(trainer, pl_module, self.network, self.samples if wanda else 1)
-        chosen, left = self._choose(captured)
+        chosen, left = self.choose(captured.network)
         self._pending = self.criterion == "snip"
         if not self._pending:
             norms = input_norms(captured.network, captured.calibration) if wanda else {}
             self._scores = self._bury(
                 captured.network, {name: self._score(name, weight, norms) for name, weight in chosen.items()}
             )
-        new = {
-            name: tuple(weight.shape)
-            for name, weight in chosen.items()
-            if companion(captured.network, name, "mask") is None
-        }
         self._amount = amount
-        return captured, [Companions("mask", new, ORIGIN)] if new else [], left
+        return captured, self.companions(captured.network, chosen), left
 
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""
-        network, self._pairs = self._network(pl_module), None
+        self.changed()
+        network = self.target(pl_module)
         if self._pending:
-            for _, _, mask in self._masked(network):
+            for _, _, mask in self.held(network):
                 mask.fill_(1)
-            self._pairs = None
+            self.changed()
             return
         masks = make_masks(self._scores, self.sparsity, self.pattern, self.allocation, self.floor, self._amount)
         self._scores = {}
         self._set_masks(trainer, network, masks)
+        if self._amount >= 1.0:
+            self._gathered = {}
         if self.rewind:
             self._go_back(trainer, network)
 
@@ -182,9 +169,9 @@ class WeightPruning(CompressionCallback):
         """Gather gradients where the criterion needs them; take the gradients of dead weights away."""
         if self._released:
             return
-        network = self._network(pl_module)
+        network = self.target(pl_module)
         if self.done < 1.0 and self.criterion in ("taylor", "movement"):
-            for name, weight in self._prunable(network):
+            for name, weight in self.choose(network)[0].items():
                 if weight.grad is not None:
                     before = self._gathered.get(name)
                     before = before if before is not None and before.shape == weight.shape else None
@@ -192,7 +179,7 @@ class WeightPruning(CompressionCallback):
         if self._pending:
             scores = {
                 name: gather("snip", weight, weight.grad, None)
-                for name, weight, _ in self._masked(network)
+                for name, weight, _ in self.held(network)
                 if weight.grad is not None
             }
             masks = make_masks(scores, self.sparsity, self.pattern, self.allocation, self.floor)
@@ -201,19 +188,11 @@ class WeightPruning(CompressionCallback):
         if self._exchanges(trainer):
             self._exchange(trainer, network)
         with torch.no_grad():
-            for (_, weight, _), dead in zip(self._masked(network), self._dead, strict=True):
+            for (_, weight, _), dead in zip(self.held(network), self._graves(network), strict=True):
                 if weight.grad is not None:
                     weight.grad.masked_fill_(dead, 0.0)
 
     # The life.
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `CompressionCallback`; from now on no optimizer's step wakes a dead weight."""
-        super().on_train_start(trainer, pl_module)
-        network, self._pairs = self._network(pl_module), None
-        for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._hold(network)))
-        self._hold(network)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`; masks are lifted when it is time for that."""
@@ -223,19 +202,6 @@ class WeightPruning(CompressionCallback):
                 raise MisconfigurationException(f"`release`={self.release} comes before the last weights have gone")
             self._released = True
             rank_zero_info(f"WeightPruning: masks are lifted at epoch {trainer.current_epoch}")
-
-    def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Edits of other callbacks may have written to dead weights."""
-        self._pairs = None
-        self._hold(self._network(pl_module))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave module and optimizers as they came."""
-        super().teardown(trainer, pl_module, stage)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._pairs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, and what masks do not tell."""
@@ -255,40 +221,27 @@ class WeightPruning(CompressionCallback):
 
     # Weights and masks.
 
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        return pl_module.get_submodule(find_network(pl_module, self.network))
-
-    def _prunable(self, network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, weight in network.named_parameters():
-            if weight.dim() >= 2 and weight.requires_grad and self._why_not(name, weight) is None:
-                yield name, weight
-
-    def _why_not(self, name: str, weight: Tensor) -> str | None:
-        parts = name.split(".")
-        prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        for pattern in self.exclude:
-            if any(fnmatchcase(prefix, pattern) for prefix in prefixes):
-                return f"is excluded by pattern {pattern!r}"
+    def refuses(self, name: str, weight: Tensor) -> str | None:
+        """See `HeldWeights`."""
         return self.pattern.refuses(weight)
 
-    def _choose(self, captured: Captured) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-        chosen, left = {}, {}
-        for name, weight in captured.network.named_parameters():
-            if weight.dim() >= 2 and weight.requires_grad:
-                reason = self._why_not(name, weight)
-                if reason is None:
-                    chosen[name] = weight
-                else:
-                    left[name] = reason
-        return chosen, left
+    def changed(self) -> None:
+        """See `HeldWeights`."""
+        super().changed()
+        self._dead = []
 
-    def _masked(self, network: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """Name, weight and mask of all that have one; kept, for each step asks."""
-        if self._pairs is None:
-            beside = ((name, weight, companion(network, name, "mask")) for name, weight in network.named_parameters())
-            self._pairs = [(name, weight, mask) for name, weight, mask in beside if mask is not None]
-            self._dead = [mask == 0 for _, _, mask in self._pairs]
-        return self._pairs
+    @torch.no_grad()
+    def hold(self, network: nn.Module) -> None:
+        """See `HeldWeights`: dead weights are zero."""
+        if not self._released:
+            for (_, weight, _), dead in zip(self.held(network), self._graves(network), strict=True):
+                weight.masked_fill_(dead, 0.0)  # a product would leave zeros with a sign, which are other bits
+
+    def _graves(self, network: nn.Module) -> list[Tensor]:
+        """Where weights are dead."""
+        if not self._dead:
+            self._dead = [mask == 0 for _, _, mask in self.held(network)]
+        return self._dead
 
     def _score(self, name: str, weight: nn.Parameter, norms: Mapping[str, Tensor]) -> Tensor:
         size = weight.detach().abs().float()
@@ -319,22 +272,16 @@ class WeightPruning(CompressionCallback):
     @torch.no_grad()
     def _set_masks(self, trainer: pl.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
         gone = total = 0
-        for name, weight, mask in self._masked(network):
+        for name, weight, mask in self.held(network):
             if name not in masks:
                 mask.fill_(1)
                 continue
             mask.copy_(masks[name])
             gone, total = gone + int((mask == 0).sum()), total + mask.numel()
             self._forget(trainer, weight, mask)
-        self._pairs = None
-        self._hold(network)
+        self.changed()
+        self.hold(network)
         rank_zero_info(f"WeightPruning: {gone / max(total, 1):.2%} of {total:,} weights are zero")
-
-    @torch.no_grad()
-    def _hold(self, network: nn.Module) -> None:
-        if not self._released:
-            for (_, weight, _), dead in zip(self._masked(network), self._dead, strict=True):
-                weight.masked_fill_(dead, 0.0)  # a product would leave zeros with a sign, which are other bits
 
     @staticmethod
     def _forget(trainer: pl.Trainer, weight: nn.Parameter, mask: Tensor) -> None:
@@ -349,7 +296,7 @@ class WeightPruning(CompressionCallback):
         for name, value in named_tensors(network):
             if name in self._initial and self._initial[name].shape == value.shape:
                 value.copy_(self._initial[name])
-        self._hold(network)
+        self.hold(network)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
 
@@ -367,12 +314,12 @@ class WeightPruning(CompressionCallback):
     def _exchange(self, trainer: pl.Trainer, network: nn.Module) -> None:
         """The smallest of the living weights die; of the dead ones, those with the largest gradients live."""
         share = self.regrow / 2 * (1 + math.cos(math.pi * _progress(trainer) / self._until(trainer)))
-        for _, weight, mask in self._masked(network):
+        for _, weight, mask in self.held(network):
             if weight.grad is not None:
                 exchange(weight.detach(), mask, weight.grad, share)
                 self._forget(trainer, weight, mask)
-        self._pairs = None
-        self._hold(network)
+        self.changed()
+        self.hold(network)
 
 
 def _progress(trainer: pl.Trainer) -> float:

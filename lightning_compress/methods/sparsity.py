@@ -41,7 +41,7 @@ def gather(criterion: str, weight: Tensor, gradient: Tensor, before: Tensor | No
         gradient: of the loss.
         before: the sum so far; None at first.
     """
-    change = (weight.detach() * gradient.detach()).float()
+    change = (weight.detach() * gradient.detach()).float().nan_to_num(0.0, 0.0, 0.0)  # of steps that are skipped
     term = {"taylor": change.square(), "movement": -change, "snip": change.abs()}[criterion]
     return term if before is None else before + term
 

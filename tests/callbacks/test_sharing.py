@@ -187,7 +187,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     [
         ({"exclude": ["sterm"]}, "'sterm' matches no parameter and no module"),
         ({"bits": {"sterm": 3}}, "'sterm' matches no parameter and no module"),
-        ({"exclude": ["*"]}, "no weight of this network can be shared"),
+        ({"exclude": ["*"]}, "WeightSharing finds no weight to work on"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(options: dict[str, Any], message: str, tmp_path: Path) -> None:

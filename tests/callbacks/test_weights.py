@@ -266,7 +266,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     ("callback", "message"),
     [
         (WeightPruning(0.5, exclude=["sterm*"]), "'sterm\\*' matches no parameter and no module"),
-        (WeightPruning(0.5, pattern="block:7x7"), "no weight of this network can be pruned: .* blocks of 7x7"),
+        (WeightPruning(0.5, pattern="block:7x7"), "WeightPruning finds no weight to work on: .* blocks of 7x7"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(callback: WeightPruning, message: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
 from lightning_compress.edits import Edit, history
 from lightning_compress.methods.choosing import Selection, costs
-from lightning_compress.methods.criteria import add_sparsity_gradient, taylor_terms
+from lightning_compress.methods.criteria import GATHERED, activation_terms, add_sparsity_gradient, gradient_terms
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.pruning import plan_channels
 from lightning_compress.methods.refit import Refit
@@ -32,7 +32,8 @@ class ChannelPruning(CompressionCallback):
 
     Args:
         budget: what may be left. Latency is timed as the run goes: another run's edits may differ a little.
-        criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `random`.
+        criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `fisher`,
+            `activation`, `lamp`, `random`.
         ranking: `global` (all layers compete) or `layer` (each loses the same fraction).
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.
         end: when the last edit is made, likewise; the rest of training recovers.
@@ -52,7 +53,7 @@ class ChannelPruning(CompressionCallback):
     Example:
         >>> ChannelPruning(Budget(macs=0.5), criterion="l3")
         Traceback (most recent call last):
-        ValueError: `criterion` must be one of l1, l2, fpgm, bn_scale, taylor, random, got 'l3'
+        ValueError: `criterion` must be one of l1, l2, fpgm, bn_scale, taylor, fisher, activation, ...
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class ChannelPruning(CompressionCallback):
                 f"`sparsity` must be >= 0 and goes with criterion='bn_scale', got {sparsity!r} with {criterion!r}"
             )
         self.selection = Selection(criterion, ranking, round_to, exclude, floor)
-        if criterion == "taylor" and start == 0:
-            raise ValueError("criterion='taylor' gathers gradients before the first edit: `start` must be after 0")
+        if criterion in GATHERED and start == 0:
+            raise ValueError(
+                f"criterion={criterion!r} gathers gradients before the first edit: `start` must be after 0"
+            )
         self.budget, self.refit, self.samples, self.sparsity = budget, refit, samples, sparsity
         self._since = 0  # edits that the network had been through before this run
         self._saliency: dict[Location, Tensor] = {}
@@ -100,7 +103,9 @@ class ChannelPruning(CompressionCallback):
         if self.budget.latency is not None:
             dense["latency"] = Stopwatch.start(captured.network, captured.calls).microseconds
         # Whether a budget can be met does not depend on the order of the channels, and gradients there are none yet.
-        selection = self.selection if self.selection.criterion != "taylor" else replace(self.selection, criterion="l2")
+        selection = self.selection
+        if selection.criterion in (*GATHERED, "activation"):
+            selection = replace(selection, criterion="l2")
         self._plan(captured, coupling, selection, self.budget.limits(dense), dense)
         return dense
 
@@ -110,6 +115,8 @@ class ChannelPruning(CompressionCallback):
         """Plan one step of the way, and solve for the weights that will remain."""
         captured = capture(trainer, pl_module, self.network, self.samples)
         coupling = trace_coupling(captured.network, captured.calls)
+        if self.selection.criterion == "activation":
+            self._saliency = activation_terms(coupling, captured.calibration)
         settled = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense), self.dense)
         self._saliency, self._gathered = {}, None
         if settled is None:
@@ -125,18 +132,18 @@ class ChannelPruning(CompressionCallback):
             self._refit = None
 
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Until the last edit: gather Taylor terms, pull norm scales towards zero."""
-        if self.done >= 1.0 or not (self.sparsity or self.selection.criterion == "taylor"):
+        """Until the last edit: gather terms of gradients, pull norm scales towards zero."""
+        if self.done >= 1.0 or not (self.sparsity or self.selection.criterion in GATHERED):
             return
         network = pl_module.get_submodule(find_network(pl_module, self.network))
         if self.sparsity:
             add_sparsity_gradient(network, self.sparsity)
-        if self.selection.criterion == "taylor":
+        if self.selection.criterion in GATHERED:
             if self._gathered is None:
                 captured = capture(trainer, pl_module, self.network)
                 self._gathered = trace_coupling(captured.network, captured.calls)
             parameters = dict(network.named_parameters(remove_duplicate=False))
-            self._saliency = taylor_terms(self._gathered, parameters, self._saliency)
+            self._saliency = gradient_terms(self._gathered, parameters, self._saliency, self.selection.criterion)
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, what was asked for, and the terms gathered since the last edit."""

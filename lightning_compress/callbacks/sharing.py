@@ -17,9 +17,9 @@ from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.held import HeldWeights, matches
 from lightning_compress.edits import Edit, companion
 from lightning_compress.methods.allocation import Option, allocate
+from lightning_compress.methods.calibration import input_norms
 from lightning_compress.methods.coding import encode
 from lightning_compress.methods.sharing import Start, centroids, cluster, tie
-from lightning_compress.methods.sparsity_data import input_norms
 
 __all__ = ["WeightSharing"]
 
@@ -97,7 +97,7 @@ class WeightSharing(HeldWeights):
         """See `CompressionCallback`."""
         captured = capture(trainer, pl_module, self.network)
         self.require(captured.network, self.bits if isinstance(self.bits, dict) else ())
-        dense = {"bytes": float(artifact_bytes(captured.network, coded=False))}
+        dense = {"bytes": float(artifact_bytes(captured.network))}
         others = [c for c in trainer.callbacks if isinstance(c, CompressionCallback) and c is not self]  # type: ignore[attr-defined]
         if self.budget is not None and not others:  # else the network will be another one by then
             self._within(captured, dense)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.held import HeldWeights
 from lightning_compress.edits import ROLES, Edit, companion, named_tensors
-from lightning_compress.methods.sparsity import ALLOCATIONS, CRITERIA, GATHERED, Pattern, gather, make_masks
-from lightning_compress.methods.sparsity_data import exchange, input_norms
+from lightning_compress.methods.calibration import input_norms
+from lightning_compress.methods.sparsity import ALLOCATIONS, CRITERIA, GATHERED, Pattern, exchange, gather, make_masks
 
 __all__ = ["WeightPruning"]
 

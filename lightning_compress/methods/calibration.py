@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_compress.calls import Call
+from lightning_compress.calls import Call, run_calls
 from lightning_compress.methods.replaceable import Layers
 from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["compare_outputs", "visit"]
+__all__ = ["compare_outputs", "input_norms", "visit"]
 
 
 class _Stop(BaseException):
@@ -76,6 +77,44 @@ def compare_outputs(
             outputs = iter(wanted)
             with _watching(trial, [source], count, lambda _, x, __, kept=outputs: see(x, next(kept)), before=True):  # type: ignore[misc]
                 _run(trial, call)
+
+
+@torch.no_grad()
+def input_norms(network: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
+    """The root of the mean square of each input that a layer sees.
+
+    Args:
+        network: the network.
+        calls: calibration data.
+
+    Returns:
+        Name of the weight -> one value for each input channel; of linear layers and convolutions without groups.
+    """
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def watch(name: str, sides: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().float()
+            square = x.square().transpose(0, x.dim() - 1 - sides).flatten(1).sum(1)
+            before, count = sums.get(name, (torch.zeros_like(square), 0))
+            sums[name] = before + square, count + x.numel() // len(square)
+
+        return hook
+
+    with without_observers(network), undisturbed(network):
+        handles = []
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), 0)))
+            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+                sides = module.weight.dim() - 2
+                handles.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), sides)))
+        try:
+            run_calls(network, calls)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: (total / count).sqrt() for name, (total, count) in sums.items()}
 
 
 def _run(model: nn.Module, call: Call) -> None:

@@ -68,7 +68,7 @@ def costs(coupling: Coupling, cut: Mask | None = None) -> dict[str, float]:
     """What the network costs in each unit, once `cut` is gone."""
     mask = coupling.nothing_cut() if cut is None else cut
     found = {unit: cost(coupling, mask) for unit, cost in UNITS.items()}
-    return found if cut is not None else {**found, "bytes": float(artifact_bytes(coupling.model, coded=False))}
+    return found if cut is not None else {**found, "bytes": float(artifact_bytes(coupling.model))}
 
 
 class Chooser:

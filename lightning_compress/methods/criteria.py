@@ -6,7 +6,7 @@ averages over the places where a channel lives and divides by the layer's mean, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Location
+from lightning_compress.methods.calibration import input_norms
 
 __all__ = [
     "CRITERIA",
+    "GATHERED",
     "Criterion",
     "Place",
     "Scores",
+    "activation_terms",
     "add_sparsity_gradient",
     "check_criterion",
+    "gradient_terms",
     "score_channels",
-    "taylor_terms",
 ]
 
 Scores = npt.NDArray[np.float64]
@@ -97,6 +101,24 @@ def taylor(place: Place) -> Tensor | None:
     return place.saliency
 
 
+def fisher(place: Place) -> Tensor | None:
+    """Second-order change of the loss by a diagonal Hessian, as optimal brain damage (LeCun et al. 1989).
+
+    The diagonal is that of the empirical Fisher information, squared gradients: sum of (weight x gradient)^2.
+    """
+    return place.saliency
+
+
+def activation(place: Place) -> Tensor | None:
+    """Root mean square of the channel where it is used (after Hu et al. 2016, 'Network trimming', arXiv 1607.03250)."""
+    return place.saliency
+
+
+def lamp(place: Place) -> Tensor | None:
+    """The norm `l2`; `score_channels` relates it to the layer's channels above it (Lee et al. 2021, 2010.07611)."""
+    return _norm(place, 2)
+
+
 def random(place: Place) -> Tensor | None:
     """Noise from torch's generator: the baseline that any criterion must beat."""
     return torch.rand(place.weight.shape[place.dim])
@@ -108,8 +130,15 @@ CRITERIA: Mapping[str, Criterion] = {
     "fpgm": fpgm,
     "bn_scale": bn_scale,
     "taylor": taylor,
+    "fisher": fisher,
+    "activation": activation,
+    "lamp": lamp,
     "random": random,
 }
+
+
+GATHERED = ("taylor", "fisher")
+"""Those whose terms are summed up over steps of training."""
 
 
 def check_criterion(name: str) -> None:
@@ -130,15 +159,18 @@ def add_sparsity_gradient(model: nn.Module, strength: float) -> None:
             module.weight.grad.add_(module.weight.detach().sign(), alpha=strength)
 
 
-def taylor_terms(
-    coupling: Coupling, tensors: Mapping[str, Tensor], gathered: Saliency | None = None
+def gradient_terms(
+    coupling: Coupling, tensors: Mapping[str, Tensor], gathered: Saliency | None = None, criterion: str = "taylor"
 ) -> dict[Location, Tensor]:
-    """The squared first-order terms of one step, (sum of gradient x weight)^2 for each slice.
+    """The terms of one step for each slice.
+
+    `taylor`: the square of the sum of gradient x weight; `fisher`: the sum of the squares.
 
     Args:
         coupling: says which dims channels live in.
         tensors: parameters by name, with gradients; those without one are left out.
         gathered: terms of the steps before, which are added.
+        criterion: which.
 
     Returns:
         Location -> float32 vector, one term for each index.
@@ -149,9 +181,21 @@ def taylor_terms(
         if parameter is None or parameter.grad is None or coupling.frozen[classes].all():
             continue
         product = (parameter.detach() * parameter.grad).float()
-        term = (product.transpose(0, dim).flatten(1).sum(1) if product.dim() > 1 else product).square()
+        product = product.square() if criterion == "fisher" else product
+        term = product.transpose(0, dim).flatten(1).sum(1) if product.dim() > 1 else product
+        term = term if criterion == "fisher" else term.square()
         terms[name, dim] = terms[name, dim] + term if (name, dim) in terms else term
     return terms
+
+
+def activation_terms(coupling: Coupling, calls: Sequence[Call]) -> dict[Location, Tensor]:
+    """How large the channels are that layers see, for the criterion `activation`.
+
+    Args:
+        coupling: the traced network.
+        calls: calibration data.
+    """
+    return {(name, 1): norm for name, norm in input_norms(coupling.model, calls).items()}
 
 
 def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None = None, seed: int = 0) -> Scores:
@@ -160,7 +204,7 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     Args:
         coupling: the traced network.
         criterion: a name in `CRITERIA`.
-        saliency: gathered terms, for criteria that need them (`taylor`).
+        saliency: gathered terms, for criteria that need them (`taylor`, `fisher`, `activation`).
         seed: for criteria that draw (`random`).
 
     Returns:
@@ -202,8 +246,19 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
             np.add.at(places, classes, 1.0)
     scores: Scores = np.divide(total, places, out=np.full(coupling.count, np.nan), where=places > 0)
     for group in coupling.groups:
-        scores[group.classes] /= scores[group.classes].mean() or 1.0
+        own = scores[group.classes]
+        scores[group.classes] = _lamp(own) if criterion == "lamp" else own / (own.mean() or 1.0)
     if coupling.groups and all(np.isnan(scores[group.classes]).any() for group in coupling.groups):
-        hint = {"taylor": "it needs gradients of at least one step", "bn_scale": "it needs norm layers with a scale"}
+        gradients = "it needs gradients of at least one step"
+        hint = {"taylor": gradients, "fisher": gradients, "bn_scale": "it needs norm layers with a scale"}
         raise ValueError(f"criterion {criterion!r} could score no layer; {hint.get(criterion, '')}")
     return scores
+
+
+def _lamp(scores: Scores) -> Scores:
+    """Each squared score over the sum of those that are not below it."""
+    order = np.argsort(scores, kind="stable")
+    squares = scores[order] ** 2
+    found = np.empty_like(scores)
+    found[order] = squares / np.maximum(squares[::-1].cumsum()[::-1], 1e-300)
+    return found

@@ -83,8 +83,9 @@ def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits:
     Raises:
         BudgetError: there is no such network.
     """
-    beside = artifact_bytes(model, coded=False) - coupling.bytes(coupling.nothing_cut())
-    targets = {**limits, "bytes": limits["bytes"] - beside}
+    plain, dense = coupling.bytes(coupling.nothing_cut()), artifact_bytes(model)
+    targets = {**limits, "bytes": limits["bytes"] + plain - dense}
+    scale = max(1.0, plain / dense)  # where the file is entropy-coded, more than a byte has to go for each
     while True:  # ends: below what is reachable, `propose` raises
         try:
             settled = propose(targets)
@@ -96,12 +97,13 @@ def within_bytes(model: nn.Module, coupling: Coupling, propose: Propose, limits:
             ) from error
         if settled is None:
             return None
-        trial = skeleton(model)
+        with without_observers(model):
+            trial = skeleton(model, lambda tensor: tensor)  # its own tensors are cut, the values are the network's
         apply_edits(trial, [settled.keep])
-        excess = artifact_bytes(trial, coded=False) - limits["bytes"]
+        excess = artifact_bytes(trial) - limits["bytes"]
         if excess <= 0:
             return settled
-        targets["bytes"] -= excess
+        targets["bytes"] -= excess * scale
 
 
 def within_latency(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
@@ -287,20 +288,31 @@ class Planner:
         trial = self._copy()
         if planned:
             apply_edits(trial, [replacement(planned, "")])
+            _fill(trial, [item.layer.path for item in planned])
         if "bytes" in limits:
-            over["bytes"] = artifact_bytes(trial, coded=False) - limits["bytes"]
+            over["bytes"] = artifact_bytes(trial) - limits["bytes"]
         if "latency" in limits and stopwatch is not None:
             over["latency"] = stopwatch(trial) - limits["latency"]
         return {unit: excess for unit, excess in over.items() if excess > 0}
 
     def _costs(self) -> dict[str, float]:
-        """What the network costs; its file without entropy coding, which plans cannot count on."""
-        footprint, size = measure(self.model, self.calls), artifact_bytes(self.model, coded=False)
-        return {"macs": float(footprint.macs), "params": float(footprint.params), "bytes": float(size)}
+        footprint = measure(self.model, self.calls)
+        return {unit: float(getattr(footprint, unit)) for unit in ("macs", "params", "bytes")}
 
     def _copy(self) -> nn.Module:
         with without_observers(self.model):
             return skeleton(self.model, lambda tensor: tensor)
+
+
+def _fill(trial: nn.Module, paths: Sequence[str]) -> None:
+    """Give layers that are zero other weights: zeros would be coded as nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for path in paths:
+        for part in trial.get_submodule(path).modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:  # another object: a bias that was carried over is the network's own
+                    values = torch.rand(parameter.shape, generator=generator).to(parameter)
+                    part._parameters[name] = nn.Parameter(values)
 
 
 def replace_layers(

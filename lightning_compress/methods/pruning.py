@@ -15,7 +15,7 @@ from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, named_tensors
 from lightning_compress.methods.choosing import Chooser, Selection, costs
-from lightning_compress.methods.criteria import score_channels
+from lightning_compress.methods.criteria import activation_terms, score_channels
 from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
 from lightning_compress.methods.refit import Refit
 
@@ -122,7 +122,7 @@ def prune_channels(
         inputs: one batch: a tensor, positional arguments, or recorded calls.
         budget: what may be left, in fractions of `model` or absolute.
         ratio: instead of a budget, the fraction of channels to cut (of all, or of each layer: see `ranking`).
-        criterion: `l1`, `l2`, `fpgm`, `bn_scale` or `random`.
+        criterion: `l1`, `l2`, `fpgm`, `bn_scale`, `activation`, `lamp` or `random`.
         ranking: `global` or `layer`.
         round_to: layers keep multiples of this.
         exclude: patterns of modules whose output channels stay.
@@ -152,7 +152,8 @@ def prune_channels(
     stopwatch = Stopwatch.start(model, calls) if budget is not None and budget.latency is not None else None
     clock = {} if stopwatch is None else {"latency": stopwatch.microseconds}
     limits = None if budget is None else budget.limits(before | clock)
-    settled = plan_channels(coupling, selection, limits=limits, ratio=ratio, stopwatch=stopwatch)
+    saliency = activation_terms(coupling, calibration or calls) if criterion == "activation" else None
+    settled = plan_channels(coupling, selection, limits=limits, ratio=ratio, saliency=saliency, stopwatch=stopwatch)
     if settled is None:
         return Pruning((), "nothing cut", coupling.reasons, {unit: (c, c) for unit, c in before.items()})
     after = costs(coupling, settled.cut)

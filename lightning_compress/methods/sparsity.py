@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ALLOCATIONS", "CRITERIA", "GATHERED", "Pattern", "gather", "make_masks"]
+__all__ = ["ALLOCATIONS", "CRITERIA", "GATHERED", "Pattern", "exchange", "gather", "make_masks"]
 
 CRITERIA = ("magnitude", "taylor", "movement", "snip", "wanda", "random")
 """magnitude: |w| (Han et al. 2015, arXiv 1506.02626). taylor: squared first-order change of the loss, (w g)^2, summed
@@ -169,6 +169,34 @@ def make_masks(
         name: pattern.ungrouped(value[:, None].expand(groups[name].shape), scores[name].shape)
         for name, value in alive.items()
     }
+
+
+@torch.no_grad()
+def exchange(weight: Tensor, mask: Tensor, gradient: Tensor, share: float) -> int:
+    """Let the smallest of the living weights die, and as many of the dead ones live: those with the largest gradients.
+
+    Args:
+        weight: the weight.
+        mask: where it is alive; changed in place.
+        gradient: of the loss, of dead weights too.
+        share: of the living ones.
+
+    Returns:
+        How many were exchanged.
+
+    Example:
+        >>> mask = torch.tensor([1, 1, 0, 0], dtype=torch.uint8)
+        >>> exchange(torch.tensor([3.0, 1.0, 0.0, 0.0]), mask, torch.tensor([0.0, 0.0, 1.0, -2.0]), 0.5), mask.tolist()
+        (1, [1, 0, 0, 1])
+    """
+    alive, slope = mask.bool().flatten(), gradient.detach().flatten().abs()
+    count = min(int(share * int(alive.sum())), int((~alive).sum()))
+    if count:
+        dying = torch.where(alive, weight.detach().abs().flatten(), torch.inf).topk(count, largest=False).indices
+        born = torch.where(alive, -torch.inf, slope).topk(count).indices
+        flat = mask.view(-1)
+        flat[dying], flat[born] = 0, 1
+    return count
 
 
 def _top(groups: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_compress.coupling import trace_coupling
 from lightning_compress.footprint import measure
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.choosing import Selection
-from lightning_compress.methods.criteria import CRITERIA, score_channels, taylor_terms
+from lightning_compress.methods.criteria import CRITERIA, GATHERED, activation_terms, gradient_terms, score_channels
 from lightning_compress.methods.pruning import prune_channels
 from tests.contract.nets import NETS
 from tests.networks import randomize
@@ -95,7 +95,7 @@ def test_the_worst_channels_go() -> None:
     assert torch.equal(model[3].weight, kept)
 
 
-@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"taylor"}))
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {*GATHERED}))
 def test_every_criterion_prunes(criterion: str) -> None:
     model = network("plain")
     assert prune_channels(model, X, Budget(macs=0.6), criterion=criterion).proof == "exact"
@@ -120,15 +120,28 @@ def test_criteria_are_what_their_papers_say() -> None:
         assert np.allclose(score_channels(coupling, criterion)[classes], scores, rtol=1e-5)
     loss = model(torch.randn(5, 3)).square().sum()
     loss.backward()
-    terms = taylor_terms(coupling, dict(model.named_parameters()))
+    terms = gradient_terms(coupling, dict(model.named_parameters()))
     assert torch.allclose(terms["0.weight", 0], (model[0].weight * model[0].weight.grad).sum(1).square())
     assert torch.allclose(terms["2.weight", 1], (model[2].weight * model[2].weight.grad).sum(0).square())
+    terms = gradient_terms(coupling, dict(model.named_parameters()), criterion="fisher")
+    assert torch.allclose(terms["2.weight", 1], (model[2].weight * model[2].weight.grad).square().sum(0))
+    x = torch.randn(7, 3)
+    seen = activation_terms(coupling, as_calls(x))
+    hidden = model[:2](x).square().mean(0).sqrt().detach()
+    assert torch.allclose(seen["2.weight", 1], hidden)
+    assert np.allclose(score_channels(coupling, "activation", seen)[classes], relative(hidden), rtol=1e-5)
+    squares = np.sort(score_channels(coupling, "l2")[classes]) ** 2
+    lamp = [float(square / squares[place:].sum()) for place, square in enumerate(squares)]
+    assert np.allclose(np.sort(score_channels(coupling, "lamp")[classes]), lamp, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"criterion": "l3"}, "must be one of l1, l2, fpgm, bn_scale, taylor, random, got 'l3'"),
+        (
+            {"criterion": "l3"},
+            "must be one of l1, l2, fpgm, .*, lamp, random, got 'l3'",
+        ),
         ({"ranking": "local"}, "'global' or 'layer', got 'local'"),
         ({"round_to": 0}, "at least 1, got 0"),
         ({"exclude": "head"}, "list of patterns"),

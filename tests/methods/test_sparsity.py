@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress.calls import as_calls
-from lightning_compress.methods.sparsity import ALLOCATIONS, Pattern, make_masks
-from lightning_compress.methods.sparsity_data import exchange, input_norms
+from lightning_compress.methods.calibration import input_norms
+from lightning_compress.methods.sparsity import ALLOCATIONS, Pattern, exchange, make_masks
 
 SHAPES = {"a": (16, 8, 3, 3), "b": (8, 16), "c": (32, 8)}
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["CodingError", "decode", "encode", "worth_trying"]
 
@@ -51,7 +52,7 @@ class CodingError(ValueError):
 
 def worth_trying(tensor: Tensor) -> bool:
     """Whether coding may make a tensor smaller, told by a few of its elements."""
-    if tensor.numel() < 64 or tensor.is_meta:
+    if tensor.numel() < 64 or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     flat = _words(tensor).reshape(-1)
     sample = flat[:: max(1, flat.size // _SAMPLE)]

@@ -83,6 +83,8 @@ def test_defaults_in_yaml_are_those_of_the_callback(option: str) -> None:
     chosen = {"losses", "task_weight"} | (
         {"decomposition", "operator", "options", "budget"} if "_" in option else set()
     )
+    if option.startswith("weight_pruning_"):
+        chosen |= {"pattern", "criterion", "allocation", "schedule", "end", "regrow"}
     given = {
         name: list(v) if isinstance(v, tuple) else v for name, v in optional.items() if name in set(config) - chosen
     }

@@ -194,8 +194,8 @@ def exchange(weight: Tensor, mask: Tensor, gradient: Tensor, share: float) -> in
     if count:
         dying = torch.where(alive, weight.detach().abs().flatten(), torch.inf).topk(count, largest=False).indices
         born = torch.where(alive, -torch.inf, slope).topk(count).indices
-        flat = mask.view(-1)
-        flat[dying], flat[born] = 0, 1
+        alive[dying], alive[born] = False, True
+        mask.copy_(alive.view(mask.shape))  # whatever its memory format
     return count
 
 

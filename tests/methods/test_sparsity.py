@@ -100,6 +100,17 @@ def test_tensors_that_do_not_fit(pattern: str, said: str) -> None:
     assert said in str(Pattern(pattern).refuses(torch.zeros(8, 6)))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_exchange_in_any_memory_format(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    plain = (torch.rand(weight.shape) < 0.4).to(torch.uint8)
+    other = plain.to(memory_format=memory_format, copy=True)
+    exchange(weight, plain, gradient, 0.3)
+    exchange(weight.to(memory_format=memory_format), other, gradient.to(memory_format=memory_format), 0.3)
+    assert torch.equal(plain, other)
+
+
 def test_exchange_keeps_the_number() -> None:
     torch.manual_seed(0)
     weight, gradient = torch.randn(20, 20), torch.randn(20, 20)

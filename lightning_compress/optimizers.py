@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.edits import Change, Replacement
 
-__all__ = ["follow_edits"]
+__all__ = ["follow_edits", "states_like"]
 
 
 def follow_edits(optimizer: Optimizer, changes: Sequence[Change | Replacement]) -> None:
@@ -59,6 +59,24 @@ def follow_edits(optimizer: Optimizer, changes: Sequence[Change | Replacement]) 
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == change.old_shape and value.dim() > 0:
                 state[name] = change.slice(value)
+
+
+def states_like(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Iterator[Tensor]:
+    """What optimizers keep of each entry of a parameter: momenta, second moments.
+
+    Example:
+        >>> import torch
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> sgd = torch.optim.SGD([weight], 0.1, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> sgd.step()
+        >>> list(states_like([sgd], weight))
+        [tensor([1., 1.])]
+    """
+    for optimizer in optimizers:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                yield value
 
 
 def _replace(optimizer: Optimizer, change: Replacement) -> None:

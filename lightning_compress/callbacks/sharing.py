@@ -16,14 +16,12 @@ from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.held import HeldWeights, matches
 from lightning_compress.edits import Edit, companion
-from lightning_compress.methods.allocation import Option, allocate
 from lightning_compress.methods.calibration import input_norms
 from lightning_compress.methods.coding import encode
-from lightning_compress.methods.sharing import Start, centroids, cluster, tie
+from lightning_compress.methods.sharing import MAX_BITS, Start, cluster, settle, share_within, tie
+from lightning_compress.optimizers import states_like
 
 __all__ = ["WeightSharing"]
-
-MAX_BITS = 8
 
 
 class WeightSharing(HeldWeights):
@@ -127,10 +125,8 @@ class WeightSharing(HeldWeights):
             assert kept is not None
             kept.copy_(code)
             parameters[name].copy_(book[code.long()])
-            for optimizer in trainer.optimizers:
-                for value in optimizer.state.get(parameters[name], {}).values():
-                    if isinstance(value, Tensor) and value.shape == code.shape:
-                        value.copy_(tie(value, code, len(book)))
+            for value in states_like(trainer.optimizers, parameters[name]):
+                value.copy_(tie(value, code, len(book)))
         used = sum(len(book) - 1 for book, _ in self._found.values())
         rank_zero_info(f"WeightSharing: {len(self._found)} tensors share {used:,} values")
         self._found = {}
@@ -155,11 +151,10 @@ class WeightSharing(HeldWeights):
         super().changed()
         self._counts = []
 
-    @torch.no_grad()
     def hold(self, network: nn.Module) -> None:
         """See `HeldWeights`: the weights of a cluster have one value."""
         for (_, weight, code), count in zip(self.held(network), self._values(network), strict=True):
-            weight.copy_(centroids(weight, code, count)[code.long()])
+            settle(weight, code, count)
 
     def _values(self, network: nn.Module) -> list[int]:
         """How many values each tensor has, and zero."""
@@ -177,22 +172,8 @@ class WeightSharing(HeldWeights):
         assert self.budget is not None
         network, chosen = captured.network, self.choose(captured.network)[0]
         norms = input_norms(network, captured.calibration)
-        options, saved = [], 0.0
-        for name, weight in chosen.items():
-            norm = norms.get(name, torch.ones(1, device=weight.device)).view(1, -1, *[1] * (weight.dim() - 2))
-            energy = float((weight.detach() * norm).square().sum().clamp_min(1e-30))
-            layer = [Option(None, 0.0, {"bytes": float(len(encode(weight)))})]
-            for bits in range(MAX_BITS, 0, -1):
-                book, code = cluster(weight, 2**bits, self.clustering)
-                shared = book[code.long()]
-                error = float(((weight.detach() - shared) * norm).square().sum()) / energy
-                layer.append(Option((name, book, code), error, {"bytes": float(len(encode(shared)))}))
-            saved += layer[0].costs["bytes"]
-            options.append(layer)
-        rest = {"bytes": max(0.0, artifact_bytes(network) - saved)}
-        limits = self.budget.limits(dense)
+        rest = max(0.0, float(artifact_bytes(network) - sum(len(encode(weight)) for weight in chosen.values())))
         try:
-            found = allocate(options, rest, limits)
+            return share_within(chosen, norms, rest, self.budget.limits(dense)["bytes"], self.clustering)
         except BudgetError as error:
             raise BudgetError(f"{error} by sharing weights") from error
-        return {option.choice[0]: option.choice[1:] for option in found if option.choice is not None}

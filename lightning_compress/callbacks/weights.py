@@ -14,9 +14,20 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.held import HeldWeights
-from lightning_compress.edits import ROLES, Edit, companion, named_tensors
+from lightning_compress.edits import ROLES, Edit, named_tensors
 from lightning_compress.methods.calibration import input_norms
-from lightning_compress.methods.sparsity import ALLOCATIONS, CRITERIA, GATHERED, Pattern, exchange, gather, make_masks
+from lightning_compress.methods.sparsity import (
+    ALLOCATIONS,
+    CRITERIA,
+    Pattern,
+    bury,
+    exchange,
+    gather,
+    make_masks,
+    score,
+    silence,
+)
+from lightning_compress.optimizers import states_like
 
 __all__ = ["WeightPruning"]
 
@@ -142,9 +153,8 @@ class WeightPruning(HeldWeights):
         self._pending = self.criterion == "snip"
         if not self._pending:
             norms = input_norms(captured.network, captured.calibration) if wanda else {}
-            self._scores = self._bury(
-                captured.network, {name: self._score(name, weight, norms) for name, weight in chosen.items()}
-            )
+            masks = {name: mask for name, _, mask in self.held(captured.network)}
+            self._scores = bury({n: self._score(n, weight, norms.get(n)) for n, weight in chosen.items()}, masks)
         self._amount = amount
         return captured, self.companions(captured.network, chosen), left
 
@@ -187,10 +197,7 @@ class WeightPruning(HeldWeights):
             self._pending = False
         if self._exchanges(trainer):
             self._exchange(trainer, network)
-        with torch.no_grad():
-            for (_, weight, _), dead in zip(self.held(network), self._graves(network), strict=True):
-                if weight.grad is not None:
-                    weight.grad.masked_fill_(dead, 0.0)
+        silence((weight.grad for _, weight, _ in self.held(network)), self._graves(network))
 
     # The life.
 
@@ -230,12 +237,10 @@ class WeightPruning(HeldWeights):
         super().changed()
         self._dead = []
 
-    @torch.no_grad()
     def hold(self, network: nn.Module) -> None:
         """See `HeldWeights`: dead weights are zero."""
         if not self._released:
-            for (_, weight, _), dead in zip(self.held(network), self._graves(network), strict=True):
-                weight.masked_fill_(dead, 0.0)  # a product would leave zeros with a sign, which are other bits
+            silence((weight for _, weight, _ in self.held(network)), self._graves(network))
 
     def _graves(self, network: nn.Module) -> list[Tensor]:
         """Where weights are dead."""
@@ -243,31 +248,12 @@ class WeightPruning(HeldWeights):
             self._dead = [mask == 0 for _, _, mask in self.held(network)]
         return self._dead
 
-    def _score(self, name: str, weight: nn.Parameter, norms: Mapping[str, Tensor]) -> Tensor:
-        size = weight.detach().abs().float()
-        if self.criterion == "random":
-            seed = sum(map(ord, name)) + int(1000 * self.done)
-            return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(size.device)
-        if self.criterion == "wanda":
-            norm = norms.get(name)
-            return size if norm is None else size * norm.view(1, -1, *[1] * (size.dim() - 2))
-        if self.criterion in GATHERED:
-            found = self._gathered.get(name)
-            if found is None or found.shape != weight.shape:
-                raise MisconfigurationException(f"no gradient has reached {name!r} before the first edit")
-            return found.to(size.device)
-        return size
-
-    @staticmethod
-    def _bury(network: nn.Module, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same scores with those of dead weights below all others."""
-        lowest = min(0.0, min((float(value.min()) for value in scores.values()), default=0.0) - 1.0)
-        lowest = lowest if any(bool((value < 0).any()) for value in scores.values()) else 0.0
-        for name, value in scores.items():
-            mask = companion(network, name, "mask")
-            if mask is not None:
-                scores[name] = torch.where(mask.bool(), value, lowest)
-        return scores
+    def _score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
+        seed = sum(map(ord, name)) + int(1000 * self.done)  # another draw at each edit, the same on every rank
+        try:
+            return score(self.criterion, weight, norm, self._gathered.get(name), seed)
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
 
     @torch.no_grad()
     def _set_masks(self, trainer: pl.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -286,10 +272,8 @@ class WeightPruning(HeldWeights):
     @staticmethod
     def _forget(trainer: pl.Trainer, weight: nn.Parameter, mask: Tensor) -> None:
         """Dead weights have no momentum."""
-        for optimizer in trainer.optimizers:
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.mul_(mask)
+        for value in states_like(trainer.optimizers, weight):
+            silence([value], [mask == 0])
 
     @torch.no_grad()
     def _go_back(self, trainer: pl.Trainer, network: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Location
 from lightning_compress.methods.calibration import input_norms
+from lightning_compress.methods.sparsity import lamp as relative_to_above
 
 __all__ = [
     "CRITERIA",
@@ -247,18 +248,11 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     scores: Scores = np.divide(total, places, out=np.full(coupling.count, np.nan), where=places > 0)
     for group in coupling.groups:
         own = scores[group.classes]
-        scores[group.classes] = _lamp(own) if criterion == "lamp" else own / (own.mean() or 1.0)
+        scores[group.classes] = (
+            relative_to_above(torch.from_numpy(own)).numpy() if criterion == "lamp" else own / (own.mean() or 1.0)
+        )
     if coupling.groups and all(np.isnan(scores[group.classes]).any() for group in coupling.groups):
         gradients = "it needs gradients of at least one step"
         hint = {"taylor": gradients, "fisher": gradients, "bn_scale": "it needs norm layers with a scale"}
         raise ValueError(f"criterion {criterion!r} could score no layer; {hint.get(criterion, '')}")
     return scores
-
-
-def _lamp(scores: Scores) -> Scores:
-    """Each squared score over the sum of those that are not below it."""
-    order = np.argsort(scores, kind="stable")
-    squares = scores[order] ** 2
-    found = np.empty_like(scores)
-    found[order] = squares / np.maximum(squares[::-1].cumsum()[::-1], 1e-300)
-    return found

@@ -8,6 +8,7 @@ themselves. Zeros stay zeros: they are what pruning left.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Start", "centroids", "cluster", "tie"]
+from lightning_compress.methods.allocation import Option, allocate
+from lightning_compress.methods.coding import encode
+
+__all__ = ["MAX_BITS", "Start", "centroids", "cluster", "settle", "share_within", "tie"]
 
 Start = Literal["exact", "linear", "density", "random"]
 """Where k-means starts: from the best clustering of a fine histogram; from values evenly spaced between the extremes
 (the choice of Han et al. 2015, as it keeps large weights); from quantiles; from random ones of the weights."""
 
 Floats = NDArray[np.float64]
+
+MAX_BITS = 8
+"""Logarithm of the most values that a tensor may share."""
 
 BINS = 1024
 """Values up to which the clustering is the best there is, and bins of the histogram of more of them."""
@@ -97,6 +104,46 @@ def centroids(weight: Tensor, code: Tensor, count: int) -> Tensor:
     totals /= torch.bincount(places, minlength=count).clamp_min(1)
     totals[0] = 0.0
     return totals.to(weight.dtype)
+
+
+@torch.no_grad()
+def settle(weight: Tensor, code: Tensor, count: int) -> None:
+    """Give the weights at each place their mean, in place."""
+    weight.copy_(centroids(weight, code, count)[code.long()])
+
+
+def share_within(
+    weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], rest: float, limit: float, start: Start = "exact"
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codebooks of as many bits as a file may have bytes, each tensor by what its outputs lose for what is saved.
+
+    Args:
+        weights: name -> weight.
+        norms: name -> norm of each input, see `input_norms`; inputs of others count alike.
+        rest: bytes of the file beside these tensors.
+        limit: bytes that it may have.
+        start: where k-means starts.
+
+    Returns:
+        Name -> values and codes, as `cluster` gives them, of those that share.
+
+    Raises:
+        BudgetError: the limit cannot be met, with the lowest that can.
+    """
+    options = []
+    for name, weight in weights.items():
+        plain = weight.detach()
+        norm = norms.get(name, plain.new_ones(1)).view(1, -1, *[1] * (plain.dim() - 2))
+        energy = float((plain * norm).square().sum().clamp_min(1e-30))
+        layer = [Option(None, 0.0, {"bytes": float(len(encode(plain)))})]
+        for bits in range(MAX_BITS, 0, -1):
+            book, code = cluster(plain, 2**bits, start)
+            shared = book[code.long()]
+            error = float(((plain - shared) * norm).square().sum()) / energy
+            layer.append(Option((name, book, code), error, {"bytes": float(len(encode(shared)))}))
+        options.append(layer)
+    found = allocate(options, {"bytes": rest}, {"bytes": limit})
+    return {option.choice[0]: option.choice[1:] for option in found if option.choice is not None}
 
 
 def _start(ordered: Floats, values: int, start: str) -> Floats:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALLOCATIONS", "CRITERIA", "GATHERED", "Pattern", "exchange", "gather", "make_masks"]
+__all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "GATHERED",
+    "Pattern",
+    "bury",
+    "exchange",
+    "gather",
+    "lamp",
+    "make_masks",
+    "score",
+    "silence",
+]
 
 CRITERIA = ("magnitude", "taylor", "movement", "snip", "wanda", "random")
 """magnitude: |w| (Han et al. 2015, arXiv 1506.02626). taylor: squared first-order change of the loss, (w g)^2, summed
@@ -44,6 +56,57 @@ def gather(criterion: str, weight: Tensor, gradient: Tensor, before: Tensor | No
     change = (weight.detach() * gradient.detach()).float().nan_to_num(0.0, 0.0, 0.0)  # of steps that are skipped
     term = {"taylor": change.square(), "movement": -change, "snip": change.abs()}[criterion]
     return term if before is None else before + term
+
+
+def score(
+    criterion: str, weight: Tensor, norm: Tensor | None = None, gathered: Tensor | None = None, seed: int = 0
+) -> Tensor:
+    """How much each weight matters; larger ones stay.
+
+    Args:
+        criterion: one of `CRITERIA`.
+        weight: the weight.
+        norm: for `wanda`, that of each input; None: they count alike.
+        gathered: for those in `GATHERED`, the sum over steps.
+        seed: for `random`.
+
+    Raises:
+        ValueError: nothing was gathered for this weight.
+
+    Example:
+        >>> score("wanda", torch.tensor([[1.0, -2.0]]), norm=torch.tensor([3.0, 1.0]))
+        tensor([[3., 2.]])
+    """
+    size = weight.detach().abs().float()
+    if criterion == "random":
+        return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(size.device)
+    if criterion == "wanda" and norm is not None:
+        return size * norm.view(1, -1, *[1] * (size.dim() - 2))
+    if criterion in GATHERED:
+        if gathered is None or gathered.shape != weight.shape:
+            raise ValueError("no gradient has reached it before the first edit")
+        return gathered.to(size.device)
+    return size
+
+
+def bury(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same scores with those of dead weights below all others; where no score is negative, zero is.
+
+    Args:
+        scores: name -> scores.
+        masks: name -> where weights are alive; of those that have a mask already.
+    """
+    least = min((float(value.min()) for value in scores.values()), default=0.0)
+    lowest = least - 1.0 if least < 0 else 0.0
+    return {n: torch.where(masks[n].bool(), value, lowest) if n in masks else value for n, value in scores.items()}
+
+
+@torch.no_grad()
+def silence(tensors: Iterable[Tensor | None], dead: Iterable[Tensor]) -> None:
+    """Zero, in place, where weights are dead; a product would leave zeros with a sign, which are other bits."""
+    for tensor, where in zip(tensors, dead, strict=True):
+        if tensor is not None:
+            tensor.masked_fill_(where, 0.0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +226,7 @@ def make_masks(
         alive = {name: _largest(value, round(max(density[name], floor) * len(value))) for name, value in means.items()}
     else:
         if allocation == "lamp":
-            means = {name: _lamp(value) for name, value in means.items()}
+            means = {name: lamp(value) for name, value in means.items()}
         alive = _compete(means, {name: value.shape[1] for name, value in groups.items()}, share, floor)
     return {
         name: pattern.ungrouped(value[:, None].expand(groups[name].shape), scores[name].shape)
@@ -225,7 +288,7 @@ def _compete(scores: Mapping[str, Tensor], sizes: Mapping[str, int], share: floa
     return dict(zip(scores, parts, strict=True))
 
 
-def _lamp(scores: Tensor) -> Tensor:
+def lamp(scores: Tensor) -> Tensor:
     """Each squared score over the sum of those that are not below it."""
     order = scores.argsort(stable=True)
     squares = scores[order].double().square()

@@ -28,7 +28,7 @@ __all__ = ["ArtifactError", "container_bytes", "read_container", "storable", "wr
 
 FORMAT = 2
 _KEY = "lightning_compress"
-_CODED = "lightning_compress.coded"  # the tensor of bytes; no parameter has such a name beside a module of that name
+_CODED = "lightning_compress.coded"  # the tensor of bytes
 ENTRY = 100
 """Bytes, roughly, that a coded tensor takes in the manifest: what coding has to save at least."""
 _CHECKSUM = re.compile(rb'"checksum":"sha256:([0-9a-f]{64}) of ([0-9]{20}) bytes"')
@@ -163,6 +163,8 @@ def _coded(
     tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """Tensors and manifest with what is smaller so entropy-coded, all of it in one tensor."""
+    if _CODED in tensors:
+        raise ArtifactError(f"cannot save a tensor of the name {_CODED!r}: it is that of the coded ones")
     codes: dict[str, bytes] = {}
     for name, tensor in tensors.items():
         if worth_trying(tensor):

@@ -38,6 +38,7 @@ class HeldWeights(CompressionCallback):
         self.exclude = tuple(exclude)
         self._held: list[tuple[str, nn.Parameter, Tensor]] | None = None
         self._hooks: list[Any] = []
+        self._network: nn.Module | None = None
 
     @abstractmethod
     def hold(self, network: nn.Module) -> None:
@@ -50,8 +51,10 @@ class HeldWeights(CompressionCallback):
     # Which weights.
 
     def target(self, pl_module: pl.LightningModule) -> nn.Module:
-        """The network."""
-        return pl_module.get_submodule(find_network(pl_module, self.network))
+        """The network; looked for once in a run, for each step asks."""
+        if self._network is None:
+            self._network = pl_module.get_submodule(find_network(pl_module, self.network))
+        return self._network
 
     def choose(self, network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """The weights that may be held, by name, and why others may not: those of at least two dims are asked about."""
@@ -105,7 +108,7 @@ class HeldWeights(CompressionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""
         super().on_train_start(trainer, pl_module)
-        self.changed()
+        self._let_go()  # of a run that ended in an error
         network = self.target(pl_module)
         for optimizer in trainer.optimizers:
             self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.hold(network)))
@@ -119,9 +122,13 @@ class HeldWeights(CompressionCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave module and optimizers as they came."""
         super().teardown(trainer, pl_module, stage)
+        self._let_go()
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._network = None
         self.changed()
 
 

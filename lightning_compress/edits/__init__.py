@@ -18,7 +18,7 @@ from lightning_compress.edits.replay import (
     rewind_edits,
 )
 from lightning_compress.edits.specs import Spec, build, describe
-from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, skeleton
+from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, renew, skeleton
 
 __all__ = [
     "EDIT_KINDS",
@@ -41,6 +41,7 @@ __all__ = [
     "edits_to_json",
     "history",
     "named_tensors",
+    "renew",
     "rewind_edits",
     "skeleton",
 ]

@@ -90,7 +90,7 @@ class Keep:
             tensor = tensors[name]
             for role in ROLES:
                 beside = tensors.get(f"{name}_{role}")
-                if beside is not None and name in self.sizes and tuple(beside.shape) == self.sizes[name]:
+                if beside is not None and tuple(beside.shape) == self.sizes[name]:
                     set_data(beside, index(beside, {d: torch.tensor(i, device=beside.device) for d, i in dims.items()}))
             if id(tensor) in changes:  # tied: cut once, seen under every name
                 continue

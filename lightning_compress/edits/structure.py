@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Change", "EditError", "Replacement", "index", "named_tensors", "set_data", "skeleton"]
+__all__ = ["Change", "EditError", "Replacement", "index", "named_tensors", "renew", "set_data", "skeleton"]
 
 
 class EditError(ValueError):
@@ -85,6 +85,19 @@ def skeleton(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None
                 nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
             )
     return copy.deepcopy(model, memo)
+
+
+def renew(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Give a module parameters of its own, made from those that it has and may share with another network.
+
+    Args:
+        module: the module; its parameters become other objects.
+        make: makes the new values.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(make(parameter.detach()))
 
 
 def index(tensor: Tensor, keep: Mapping[int, Tensor]) -> Tensor:

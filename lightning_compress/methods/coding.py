@@ -54,8 +54,7 @@ def worth_trying(tensor: Tensor) -> bool:
     """Whether coding may make a tensor smaller, told by a few of its elements."""
     if tensor.numel() < 64 or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    flat = _words(tensor).reshape(-1)
-    sample = flat[:: max(1, flat.size // _SAMPLE)]
+    sample = _words(tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)])
     return bool((sample == 0).mean() > 0.05 or len(np.unique(sample)) < sample.size // 2)
 
 

@@ -248,9 +248,10 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     scores: Scores = np.divide(total, places, out=np.full(coupling.count, np.nan), where=places > 0)
     for group in coupling.groups:
         own = scores[group.classes]
-        scores[group.classes] = (
-            relative_to_above(torch.from_numpy(own)).numpy() if criterion == "lamp" else own / (own.mean() or 1.0)
-        )
+        if criterion == "lamp":
+            scores[group.classes] = relative_to_above(torch.from_numpy(own)).numpy()
+        else:
+            scores[group.classes] /= own.mean() or 1.0
     if coupling.groups and all(np.isnan(scores[group.classes]).any() for group in coupling.groups):
         gradients = "it needs gradients of at least one step"
         hint = {"taylor": gradients, "fisher": gradients, "bn_scale": "it needs norm layers with a scale"}

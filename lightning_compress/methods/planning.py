@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError
 from lightning_compress.calls import Call
-from lightning_compress.edits import Edit, Replace, Spec, apply_edits, skeleton
+from lightning_compress.edits import Edit, Replace, Spec, apply_edits, renew, skeleton
 from lightning_compress.footprint import measure
 from lightning_compress.methods.allocation import Option, allocate, share_out
 from lightning_compress.methods.approximation import Candidate, Form, Init
@@ -308,11 +308,7 @@ def _fill(trial: nn.Module, paths: Sequence[str]) -> None:
     """Give layers that are zero other weights: zeros would be coded as nothing."""
     generator = torch.Generator().manual_seed(0)
     for path in paths:
-        for part in trial.get_submodule(path).modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:  # another object: a bias that was carried over is the network's own
-                    values = torch.rand(parameter.shape, generator=generator).to(parameter)
-                    part._parameters[name] = nn.Parameter(values)
+        renew(trial.get_submodule(path), lambda old: torch.rand(old.shape, generator=generator).to(old))
 
 
 def replace_layers(

@@ -8,7 +8,7 @@ mode, into one convolution again. A BatchNorm that follows the convolution stays
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -267,11 +267,11 @@ def _expanded(module: nn.Module) -> bool:
 
 def _merge(module: nn.Module) -> tuple[Geometry, Tensor, Tensor]:
     """The one convolution that branches amount to: what it is, its canonical kernel and its bias."""
-    chains = list(_chains(module))
+    chains = [cast(Chain, chain) for chain in cast(Sum, module)]
     whole = replace(cast(Geometry, Geometry.of(chains[0][0])), bias=True)
     kernel, bias = torch.zeros(whole.shape, dtype=torch.float64), torch.zeros(whole.outputs, dtype=torch.float64)
     for chain in chains:
-        *parts, norm = (part for part in chain)
+        *parts, norm = chain.children()
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
         geometries = tuple(cast(Geometry, Geometry.of(part)) for part in parts)
         weights = tuple(
@@ -286,8 +286,3 @@ def _merge(module: nn.Module) -> tuple[Geometry, Tensor, Tensor]:
         kernel += Branch(geometries, weights).kernel(whole) * scale.view(whole.groups, -1, *[1] * (kernel.dim() - 2))
         bias += shift - mean * scale
     return whole, kernel, bias
-
-
-def _chains(module: nn.Module) -> Iterator[Chain]:
-    for chain in cast(Sum, module):
-        yield cast(Chain, chain)

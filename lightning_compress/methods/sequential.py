@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call
-from lightning_compress.edits import Replace, Spec, apply_edits, skeleton
+from lightning_compress.edits import Replace, Spec, apply_edits, renew, skeleton
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.calibration import compare_outputs
@@ -175,10 +175,7 @@ def fit(
         path = item.layer.path
         apply_edits(trial, [replacement([item], origin)])
         module = trial.get_submodule(path)
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:  # a bias that was carried over is still the network's own
-                    part._parameters[name] = nn.Parameter(parameter.detach().clone())
+        renew(module, torch.Tensor.clone)  # a bias that was carried over is still the network's own
         layer = replace(item.layer, scale=None)
         if init == "data" and item.layer.norm is not None and item.layer.scale is not None:
             layer = item.layer.scaled

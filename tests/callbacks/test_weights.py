@@ -316,6 +316,28 @@ def test_masks_beside_an_average_and_in_bfloat16(tmp_path: Path) -> None:
     assert zeros(module) == pytest.approx(0.8, abs=0.02)
 
 
+def test_one_callback_after_a_run_that_failed(tmp_path: Path) -> None:
+    """It works on the network that it is given next, and lets go of the other."""
+
+    class Fail(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                raise RuntimeError("as users' code does")
+
+    callback, first = pruning({"schedule": "one_shot"}), task("residual")
+    with pytest.raises(RuntimeError, match="as users' code does"):
+        fit(first, tmp_path / "a", callback, Fail())
+    callback.done = 0.0
+    module = task("residual")
+    fit(module, tmp_path / "b", callback)
+    assert zeros(module) == pytest.approx(0.8, abs=0.02)
+    with torch.no_grad():
+        for weight, _ in masked(first).values():
+            weight.fill_(1.0)
+    fit(module, tmp_path / "c", callback)
+    assert all(bool((weight == 1).all()) for weight, _ in masked(first).values())
+
+
 def test_a_network_of_its_own(tmp_path: Path) -> None:
     module = Task(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)))
     fit(module, tmp_path, pruning({"pattern": "block:4x4"}))

@@ -61,6 +61,7 @@ class Operator:
 
 OPERATORS = {
     "spatial": Operator("low-rank", "spatial"),
+    "spatial, ranks of 16": Operator("low-rank", "spatial", {"round_to": 16}),
     "channel": Operator("low-rank", "channel"),
     "tucker": Operator("low-rank", "tucker"),
     "cp": Operator("low-rank", "cp"),
@@ -160,7 +161,7 @@ def compressing(operator: str, variant: str, budget: float | None) -> LayerRepla
     limit, init = None if budget is None else Budget(macs=budget), cast(Init, variant)
     common: dict[str, Any] = {"init": init, "samples": CALIBRATION}
     if found.kind == "low-rank":
-        return LowRankFactorization(limit, decomposition=found.name, **common)
+        return LowRankFactorization(limit, decomposition=found.name, **found.options, **common)
     return CompactFilters(found.name, limit, options=found.options, **common)
 
 

@@ -32,6 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.architectures import by_kind
+from benchmarks.command import command
 from benchmarks.oracle import Kept, judge
 from benchmarks.sides import SIDES, macs_and_params
 from tests.networks import AWKWARD, randomize
@@ -295,7 +296,7 @@ def write_json(
 
     data = {
         "benchmark": "coverage",
-        "command": "python " + " ".join(sys.argv),
+        "command": command(),
         "rows": [
             {"case": case, "kind": kinds[case], "side": side, "metrics": plain(asdict(row))}
             for case, found in rows.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import command
 from benchmarks.distillation_runs import DATA, Row
 from benchmarks.distillation_sides import ALONE, PAIRS, PLAIN, SIDES
 from lightning_compress.files import write_atomic
@@ -69,7 +69,7 @@ class Results:
         rows = [{"case": case, "side": side, "metrics": metrics} for (case, side), metrics in grouped.items()]
         data = {
             "benchmark": "distillation",
-            "command": "python " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv),
+            "command": command(),
             "torch": torch.__version__,
             "recipes": self.recipes,
             "rows": rows + self.overhead,

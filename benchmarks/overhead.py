@@ -30,6 +30,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import command
 from lightning_compress import Budget, ChannelPruning, WeightPruning, WeightSharing
 from lightning_compress.zoo.feedforward import resnet20
 from lightning_compress.zoo.tasks import ImageClassifier
@@ -206,7 +209,7 @@ def main() -> None:
             for name, sides in found.items()
             for side, row in sides.items()
         ]
-        data = {"benchmark": "overhead", "command": "python " + " ".join(sys.argv), "rows": rows}
+        data = {"benchmark": "overhead", "command": command(), "rows": rows}
         options.json.write_text(json.dumps(data, indent=1) + "\n")
 
 

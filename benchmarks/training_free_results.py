@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.command import command
 from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import DATA
 from benchmarks.training_free_cost import print_costs
@@ -75,7 +75,7 @@ class Results:
         """All of it, at once."""
         data = {
             "benchmark": "training_free",
-            "command": "python " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv),
+            "command": command(),
             "torch": torch.__version__,
             "recipe": self.recipe,
             "rows": [

@@ -42,9 +42,8 @@ from benchmarks.distillation_runs import (
     train_teacher,
 )
 from benchmarks.distillation_sides import PAIRS, SIDES, USUAL, missing_peers
+from benchmarks.pool import console_for
 from lightning_compress.files import write_atomic
-
-WIDTH = 160  # of tables that go to a file
 
 
 def collect(futures: list[Future[Row]], results: Results, console: Console) -> None:
@@ -84,12 +83,6 @@ def train_all(
             )
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def console_for(file: io.TextIOBase | None = None) -> Console:
-    """Plain text that keeps its lines whole in a file."""
-    wide = file is not None or not sys.stdout.isatty()
-    return Console(file=file, width=WIDTH if wide else None, markup=False, highlight=False)
 
 
 def report(results: Results, console: Console) -> None:

@@ -14,16 +14,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,13 +26,13 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_runs import DATA, Place
+from benchmarks.pool import Work, console_for, run_all
+from benchmarks.results import Results
 from benchmarks.training_free_cost import cost_case, measure_cost
 from benchmarks.training_free_nets import FULL, NETS, QUICK, Cell, images
-from benchmarks.training_free_results import Results, print_tables
+from benchmarks.training_free_results import print_tables
 from benchmarks.training_free_runs import (
     DENSE,
-    HEAP,
-    Found,
     Task,
     recover,
     run_dense,
@@ -50,48 +45,8 @@ from benchmarks.training_free_runtime import BATCHES, RUNTIMES, compare, tasks_t
 from benchmarks.training_free_sides import OPERATORS, VARIANTS, missing_peers
 from lightning_compress.files import write_atomic
 
-WIDTH = 300  # of tables that go to a file
 USUAL_VARIANTS = [variant for variant in VARIANTS if variant != "random"]  # which without training is chance
 COSTED = {True: ("spatial",), False: ("spatial", "channel", "tucker", "cp")}  # quick or not
-Work = tuple[Callable[..., Found], tuple[Any, ...]]
-
-
-def console_for(file: io.TextIOBase | None = None) -> Console:
-    """Plain text that keeps its lines whole in a file."""
-    wide = file is not None or not sys.stdout.isatty()
-    return Console(file=file, width=WIDTH if wide else None, markup=False, highlight=False)
-
-
-@contextmanager
-def heap() -> Iterator[None]:
-    """Processes that are started in the block keep their memory; see `HEAP`."""
-    added = [name for name in HEAP if name not in os.environ]
-    os.environ.update({name: HEAP[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
-
-
-def run_all(groups: list[list[Work]], results: Results, jobs: int, threads: int, console: Console) -> None:
-    """Run groups one after the other, the work of one side by side; keep each run as it ends."""
-    with heap(), ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start, (threads,)) as pool:
-        try:
-            for group in groups:
-                begin = time.perf_counter()
-                futures: list[Future[Found]] = [pool.submit(run, *args) for run, args in group]
-                for done, future in enumerate(as_completed(futures), 1):
-                    found = future.result()
-                    results.add([found])
-                    left = (time.perf_counter() - begin) / done * (len(futures) - done)
-                    score = found.metrics.get("refused") or f"{found.metrics['accuracy']:.2%}"
-                    seed = "" if found.seed is None else f", seed {found.seed}"
-                    console.print(
-                        f"[{done}/{len(futures)}] {found.case}; {found.side}{seed}: {score}; about {left / 60:.0f} min"
-                    )
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def work_to_do(
@@ -144,7 +99,7 @@ def main() -> None:
     recipe = QUICK if options.quick else FULL
     path = options.json or options.work / f"{'quick' if options.quick else 'full'}.json"
     try:
-        results = Results(path, asdict(recipe))
+        results = Results("training_free", path, asdict(recipe))
     except ValueError as error:
         parser.error(str(error))
     options.work.mkdir(parents=True, exist_ok=True)
@@ -158,7 +113,7 @@ def main() -> None:
         for data in options.data:
             images(data, place, None, False, 1)  # so that images are decoded once
         images.cache_clear()
-        run_all(groups, results, options.jobs, options.threads, console)
+        run_all(groups, results, options.jobs, partial(start, options.threads), console)
     if options.prepare:
         return
     start(1)

@@ -1,91 +1,21 @@
-"""What the training-free benchmark found: the JSON file, and the tables made of it."""
+"""The tables of the training-free benchmark."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from benchmarks.command import command
 from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import DATA
+from benchmarks.results import Results, Rows, mean_of
 from benchmarks.training_free_cost import print_costs
 from benchmarks.training_free_nets import CALIBRATION, NETS, marked_table
-from benchmarks.training_free_runs import DENSE, RECOVERY_BATCH, RECOVERY_STEPS, Found
+from benchmarks.training_free_runs import DENSE, RECOVERY_BATCH, RECOVERY_STEPS
 from benchmarks.training_free_runtime import print_latency
 from benchmarks.training_free_sides import OPERATORS, VARIANTS
-from lightning_compress.files import write_atomic
 
-__all__ = ["Results", "print_tables"]
-
-Rows = dict[str, dict[str, dict[str, Any]]]
-"""Case -> side -> metrics."""
-
-
-class Results:
-    """The JSON file: the recipe, and the metrics of each side of each case.
-
-    Where a side was run with several seeds, its metrics are lists: `metrics["seed"][i]` belongs to the i-th value of
-    the others. `refused` is why a side has no others.
-
-    Args:
-        path: the file; read if it exists.
-        recipe: a file of another one is refused.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-
-    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
-        self.path, self.recipe = path, json.loads(json.dumps(recipe))
-        self.rows: Rows = {}
-        if path.is_file():
-            found = json.loads(path.read_text())
-            if found.get("recipe") != self.recipe:
-                raise ValueError(f"{path} holds results of another recipe: give another --json FILE, or delete it")
-            for row in found["rows"]:
-                self.rows.setdefault(row["case"], {})[row["side"]] = row["metrics"]
-
-    def has(self, case: str, side: str | None = None, seed: int | None = None) -> bool:
-        """Whether a run is there already; without a side, whether anything of the case is."""
-        sides = self.rows.get(case, {})
-        if side is None:
-            return bool(sides)
-        metrics = sides.get(side)
-        return metrics is not None and (seed is None or "refused" in metrics or seed in metrics["seed"])
-
-    def add(self, found: Iterable[Found]) -> None:
-        """Keep runs, and write the file."""
-        for run in found:
-            sides = self.rows.setdefault(run.case, {})
-            if run.seed is None or "refused" in run.metrics:
-                sides[run.side] = run.metrics
-            else:
-                metrics = sides.setdefault(run.side, {"seed": []})
-                metrics["seed"].append(run.seed)
-                for name, value in run.metrics.items():
-                    metrics.setdefault(name, []).append(value)
-        self.write()
-
-    def write(self) -> None:
-        """All of it, at once."""
-        data = {
-            "benchmark": "training_free",
-            "command": command(),
-            "torch": torch.__version__,
-            "recipe": self.recipe,
-            "rows": [
-                {"case": case, "side": side, "metrics": metrics}
-                for case, sides in self.rows.items()
-                for side, metrics in sides.items()
-            ],
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(data, indent=1) + "\n")
+__all__ = ["print_tables"]
 
 
 def print_tables(results: Results, console: Console) -> None:
@@ -168,7 +98,7 @@ def _recovered(rows: Rows, cells: list[str], console: Console) -> None:
             own = dict(zip(metrics["seed"], metrics["accuracy"], strict=True))
             data = rows[case].get(f"ours {operator}; data", {})
             base = dict(zip(data.get("seed", ()), data.get("accuracy", ()), strict=True))
-            before, after = (_mean(metrics[key]) for key in ("accuracy_before", "accuracy"))
+            before, after = (mean_of(metrics[key]) for key in ("accuracy_before", "accuracy"))
             more = "" if variant == "data" else difference(own, base)
             macs = _range(metrics["macs_fraction"])
             table.add_row(_title(cell), f"{name}, {budget}", variant, macs, str(len(own)), before, after, more)
@@ -181,8 +111,3 @@ def _recovered(rows: Rows, cells: list[str], console: Console) -> None:
         "Top-1 on the whole test set before and after, mean ± standard deviation over the seeds, in %; differences "
         "seed by seed, ± their standard error; (noise): below two of them.\n"
     )
-
-
-def _mean(values: list[float]) -> str:
-    found = 100 * torch.tensor(values, dtype=torch.float64)
-    return f"{found.mean():.2f}" + (f" ± {found.std():.2f}" if len(values) > 1 else "")

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.distillation_runs import Place, start_worker
 from benchmarks.distillation_sides import KD_TASK, KD_TEMPERATURE, KD_WEIGHT
+from benchmarks.results import Found
 from benchmarks.training_free_nets import (
     CLASSES,
     Cell,
@@ -34,10 +35,8 @@ from lightning_compress.zoo.tasks import ImageClassifier
 __all__ = [
     "ALL_LAYERS",
     "DENSE",
-    "HEAP",
     "RECOVERY_BATCH",
     "RECOVERY_STEPS",
-    "Found",
     "Task",
     "recover",
     "run_dense",
@@ -60,10 +59,6 @@ RECOVERY_BUDGET = 0.33
 RECOVERY_VARIANTS = ("data", "weights", "random")
 REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
 """What a side may raise on a network that it cannot compress; the table says so instead of stopping."""
-
-# Activations of a few megabytes are taken from the heap instead of being mapped and given back each time: MobileNetV2
-# trains and runs several times faster so. Latency is measured without it, as a user would.
-HEAP = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
 @dataclass(frozen=True)
@@ -102,23 +97,6 @@ class Task:
         """Of the JSON file."""
         owner = "" if OPERATORS[self.operator].peer else "ours "
         return f"{owner}{self.operator}; {self.variant}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a run gave: a value of each metric for a case and a side.
-
-    Attributes:
-        case: of the JSON file.
-        side: likewise.
-        metrics: name -> value; `refused` says why there is none.
-        seed: the run's, where there are several; its metrics become lists.
-    """
-
-    case: str
-    side: str
-    metrics: dict[str, Any]
-    seed: int | None = None
 
 
 def start(threads: int) -> None:

@@ -20,8 +20,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.distillation_runs import Place
+from benchmarks.results import Found
 from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table
-from benchmarks.training_free_runs import REFUSALS, Found, Task
+from benchmarks.training_free_runs import REFUSALS, Task
 from benchmarks.training_free_sides import OPERATORS, compress
 from lightning_compress import measure
 from lightning_compress.calls import as_calls

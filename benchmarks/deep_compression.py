@@ -150,9 +150,9 @@ def print_table(results: Results, console: Console) -> None:
             )
     console.print(table)
     console.print(
-        "Top-1 on the whole test set of Fashion-MNIST, mean ± standard deviation over the seeds, in %; differences seed "
-        "by seed, in points, ± the standard error of their mean. Bytes of the file, coded. Pruned: in the last epoch "
-        "before weights are shared. Shared: before these values are trained. The last row is of the file, read in."
+        "Top-1 on the whole test set of Fashion-MNIST, mean ± standard deviation over the seeds, in %; differences are "
+        "seed by seed, in points, ± the standard error of their mean. Bytes of the file, coded. Pruned: in the last "
+        "epoch before weights are shared. Shared: before these values are trained. The last row is that of the file."
     )
 
 
@@ -171,7 +171,7 @@ def main() -> None:
     console = console_for()
     results = Results("deep_compression", options.json or options.work / "results.json", {"first_seed": FIRST_SEED})
     runs: list[Work] = [
-        (run_experiment, (experiment, seed, options.work.absolute(), options.fashion_mnist.absolute()))
+        (run_experiment, (experiment, seed, options.work.absolute(), options.fashion_mnist))
         for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)
         for experiment in options.only
         if not results.has(EXPERIMENTS[experiment], "ours", seed)

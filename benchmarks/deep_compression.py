@@ -77,7 +77,9 @@ class Stages(L.Callback):
         assert isinstance(net, nn.Module)
         net.eval()
         with torch.random.fork_rng(devices=[]), without_observers(net):  # the run is to go on as if nothing had been
-            batches = list(trainer.datamodule.test_dataloader())  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            data.setup("test")
+            batches = list(data.test_dataloader())
             right = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
         net.train(training)
         self.found |= {

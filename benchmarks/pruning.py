@@ -31,7 +31,7 @@ from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import Place, start_worker
 from benchmarks.pool import Work, console_for, run_all
 from benchmarks.pruning_runs import BUDGETS, FULL, QUICK, Recipe, Task, case_of, run, train_dense
-from benchmarks.pruning_sides import DENSE, PEERS, SIDES, missing_peers
+from benchmarks.pruning_sides import DENSE, PEERS, SIDES, USUAL, missing_peers
 from benchmarks.results import Results, mean_of
 from benchmarks.training_free_nets import images, marked_table
 from lightning_compress.files import write_atomic
@@ -103,7 +103,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add = parser.add_argument
     add("--quick", action="store_true", help="a ResNet-8 and few epochs: for a CPU")
     add("--seeds", type=int, default=3, help="here: %(default)s")
-    add("--only", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help="of: %(choices)s")
+    add("--only", nargs="+", choices=SIDES, default=list(USUAL), metavar="SIDE", help="of: %(choices)s")
     add("--fashion-mnist", type=Path, default=Path("data"), metavar="FOLDER", help="of its four files")
     add("--work", type=Path, default=Path("outputs/pruning"), metavar="FOLDER", help="for dense networks")
     add("--json", type=Path, metavar="FILE", help="results; WORK/quick.json or WORK/full.json")

@@ -56,7 +56,7 @@ class Recipe:
     samples: int | None = None
 
 
-QUICK = Recipe(depth=8, dense_epochs=8, epochs=6, augment=False)
+QUICK = Recipe(depth=8, dense_epochs=8, epochs=4, augment=False)
 FULL = Recipe(depth=20, dense_epochs=60, epochs=60, augment=True)
 
 

@@ -22,7 +22,7 @@ from lightning_compress import Budget, ChannelPruning, Distillation, measure
 from lightning_compress.distill import Term
 from lightning_compress.distill.losses import KD
 
-__all__ = ["OURS", "PEERS", "SIDES", "Learner", "Peer", "missing_peers", "prune_to"]
+__all__ = ["OURS", "PEERS", "SIDES", "USUAL", "Learner", "Peer", "missing_peers", "prune_to"]
 
 STEPS = 400  # of the way from nothing to everything
 
@@ -119,6 +119,8 @@ PEERS: Mapping[str, Peer] = {
 
 DENSE, THIN = "dense, trained on", "thin, from scratch"
 SIDES = (DENSE, *OURS, *PEERS, THIN)
+USUAL = (DENSE, "ours", "ours + distillation", *PEERS)
+"""Those that run if nothing else is asked for."""
 
 
 def missing_peers() -> set[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.distillation import Distillation
     from lightning_compress.callbacks.factorization import LowRankFactorization
     from lightning_compress.callbacks.filters import CompactFilters
+    from lightning_compress.callbacks.latent import LowBitWeights
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.callbacks.sharing import WeightSharing
@@ -41,6 +42,7 @@ __all__ = [
     "Distillation",
     "DistillationModule",
     "Footprint",
+    "LowBitWeights",
     "LowRankFactorization",
     "MutualModule",
     "WeightPruning",
@@ -67,6 +69,7 @@ _HOMES = {
     "Distillation": "lightning_compress.callbacks.distillation",
     "DistillationModule": "lightning_compress.distill.module",
     "Footprint": "lightning_compress.footprint",
+    "LowBitWeights": "lightning_compress.callbacks.latent",
     "LowRankFactorization": "lightning_compress.callbacks.factorization",
     "MutualModule": "lightning_compress.distill.mutual",
     "WeightPruning": "lightning_compress.callbacks.weights",

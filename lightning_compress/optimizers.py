@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.edits import Change, Replacement
 
-__all__ = ["follow_edits", "states_like"]
+__all__ = ["AroundSteps", "follow_edits", "states_like"]
 
 
 def follow_edits(optimizer: Optimizer, changes: Sequence[Change | Replacement]) -> None:
@@ -77,6 +78,81 @@ def states_like(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Ite
         for value in optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 yield value
+
+
+class AroundSteps:
+    """Calls two functions around the arithmetic of an optimizer's steps, from now on.
+
+    `before` is called when the gradients of a step are there: if the step gets a closure that computes them, as
+    Lightning's do, after the closure. `after` is called when the step is done, and before a closure is run once more
+    (LBFGS). A step that is skipped, as gradient scalers do when gradients overflow, calls neither. Steps that call the
+    step of the class that they inherit from are one.
+
+    Args:
+        optimizer: the optimizer.
+        before: is given the optimizer.
+        after: likewise; it may be called without `before`.
+
+    Example:
+        >>> import torch
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> sgd = torch.optim.SGD([weight], 0.1)
+        >>> around = AroundSteps(sgd, lambda _: print("before"), lambda _: print("after"))
+        >>> sgd.step()
+        before
+        after
+        >>> around.remove()
+        >>> sgd.step()
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None]
+    ) -> None:
+        self._before, self._after = before, after
+        self._depth = 0
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(self._leave),
+        ]
+
+    def reset(self) -> None:
+        """No step is under way: one that was has ended in an error."""
+        self._depth = 0
+
+    def remove(self) -> None:
+        """Call them no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._before(optimizer)
+            return None
+
+        def evaluate() -> Any:
+            self._after(optimizer)
+            try:
+                loss = closure()
+            except BaseException:
+                self.reset()  # whoever catches it may take another step
+                raise
+            self._before(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], evaluate, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluate}
+
+    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if not self._depth:
+            self._after(optimizer)
 
 
 def _replace(optimizer: Optimizer, change: Replacement) -> None:

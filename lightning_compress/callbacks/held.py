@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import find_network
@@ -111,8 +112,12 @@ class HeldWeights(CompressionCallback):
         self._let_go()  # of a run that ended in an error
         network = self.target(pl_module)
         for optimizer in trainer.optimizers:
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.hold(network)))
+            self._hooks.append(self.watch(optimizer, network))
         self.hold(network)
+
+    def watch(self, optimizer: Optimizer, network: nn.Module) -> Any:
+        """See to it that the state holds after an optimizer's steps; what is returned has a method `remove`."""
+        return optimizer.register_step_post_hook(lambda *_: self.hold(network))
 
     def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Edits of other callbacks may have cut tensors, and written to weights."""

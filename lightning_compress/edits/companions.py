@@ -13,8 +13,9 @@ from lightning_compress.edits.structure import Change, EditError, Replacement, n
 
 __all__ = ["ROLES", "Companions", "companion", "companions"]
 
-ROLES: Mapping[str, torch.dtype] = {"mask": torch.uint8, "code": torch.int32}
-"""What a companion says: whether a weight is alive, or which of its layer's shared values it has."""
+ROLES: Mapping[str, torch.dtype] = {"mask": torch.uint8, "code": torch.int32, "latent": torch.float32}
+"""What a companion says: whether a weight is alive; which of its layer's shared values it has; what it is a function
+of, when that is what is trained."""
 
 
 @dataclass(frozen=True)

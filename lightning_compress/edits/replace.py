@@ -62,7 +62,7 @@ class Replace:
             beside = [name for module in modules[path].modules() for name in companions(module)]
             if beside:
                 raise EditError(
-                    f"edit of {path!r}: its weights are pruned or shared ({beside[0]}), which would be lost"
+                    f"edit of {path!r}: its weights are pruned or shared or latent ({beside[0]}), which would be lost"
                 )
             build(after, torch.empty(0, device="meta"))
 

@@ -6,7 +6,7 @@ that is asked for, and keep no activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_compress.calls import Call, run_calls
 from lightning_compress.methods.replaceable import Layers
 from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["compare_outputs", "input_norms", "visit"]
+__all__ = ["compare_outputs", "first_and_last", "input_norms", "visit"]
 
 
 class _Stop(BaseException):
@@ -115,6 +115,34 @@ def input_norms(network: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
             for handle in handles:
                 handle.remove()
     return {name: (total / count).sqrt() for name, (total, count) in sums.items()}
+
+
+@torch.no_grad()
+def first_and_last(network: nn.Module, names: Iterable[str], calls: Sequence[Call]) -> tuple[str, ...]:
+    """The weight that a network uses first, and the one that it uses last, as its modules are called.
+
+    Args:
+        network: the network.
+        names: names of weights.
+        calls: what to run it on.
+
+    Returns:
+        Their names; none, if none of these modules is called.
+
+    Example:
+        >>> from lightning_compress.calls import as_calls
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+        >>> first_and_last(net, ["0.weight", "1.weight", "2.weight"], as_calls(torch.zeros(1, 2)))
+        ('0.weight', '2.weight')
+    """
+    seen: list[str] = []
+    with without_observers(network), undisturbed(network), ExitStack() as stack:
+        for name in names:
+            module = network.get_submodule(name.rpartition(".")[0])
+            hook = module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+            stack.callback(hook.remove)
+        run_calls(network, calls)
+    return (seen[0], seen[-1]) if seen else ()
 
 
 def _run(model: nn.Module, call: Call) -> None:

@@ -188,7 +188,7 @@ def _reason(
     if path not in trace.places:
         return "is not called on the data"
     if any(True for part in module.modules() for _ in companions(part)):
-        return "has weights that are pruned or shared, which would be lost"
+        return "has weights that are pruned or shared or latent, which would be lost"
     parameters = list(module.parameters())
     if any(len(owners[id(parameter)]) > 1 for parameter in parameters):
         return "shares its weight with another layer"

@@ -85,6 +85,8 @@ def test_defaults_in_yaml_are_those_of_the_callback(option: str) -> None:
     )
     if option.startswith("weight_pruning_"):
         chosen |= {"pattern", "criterion", "allocation", "schedule", "end", "regrow"}
+    if option.startswith("low_bit_weights_"):
+        chosen |= {"kind"}
     given = {
         name: list(v) if isinstance(v, tuple) else v for name, v in optional.items() if name in set(config) - chosen
     }

@@ -12,6 +12,7 @@ from lightning_compress.budget import Budget
 from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.factorization import LowRankFactorization
 from lightning_compress.callbacks.filters import CompactFilters
+from lightning_compress.callbacks.latent import LowBitWeights
 from lightning_compress.callbacks.pruning import ChannelPruning
 from lightning_compress.callbacks.sharing import WeightSharing
 from lightning_compress.callbacks.weights import WeightPruning
@@ -46,7 +47,8 @@ class Method:
 
 
 def _pruning(**options: object) -> Callable[[Budget], list[L.Callback]]:
-    return lambda budget: [ChannelPruning(budget, start=1, end=3, steps=2, samples=32, **options)]  # type: ignore[arg-type]
+    life: dict[str, object] = {"start": 1, "end": 3, "steps": 2, "samples": 32}
+    return lambda budget: [ChannelPruning(budget, **{**life, **options})]  # type: ignore[arg-type]
 
 
 def _low_rank(**options: object) -> Callable[[Budget], list[L.Callback]]:
@@ -89,6 +91,11 @@ METHODS: dict[str, Method] = {
     "deep_compression": Method(
         lambda _: [Distillation("self"), WeightPruning(0.8, start=1, end=1, steps=1), WeightSharing(3, start=3)],
         budget=None,
+    ),
+    "low_bit_ternary": Method(lambda _: [LowBitWeights("ternary", start=1)], budget=None),
+    "low_bit_dkm": Method(lambda _: [LowBitWeights("dkm", bits=2, start=1, harden=3)], budget=None),
+    "binary_then_pruning": Method(
+        lambda budget: [LowBitWeights("binary", start=1), *_pruning(start=2)(budget)], budget=0.6, slack=0.03
     ),
     "low_rank": Method(_low_rank(), budget=0.6, renames=True),
     "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),

@@ -189,7 +189,8 @@ class LowBitWeights(HeldWeights):
             )
         if self.kind == "dkm" and self.harden is None:
             begin, late = (milestones(trainer, v, v, 1, SCHEDULES["one_shot"])[0].at for v in (self.start, HARDEN))
-            self.end = HARDEN if begin <= late else self.start
+            early = self.start <= HARDEN if isinstance(self.start, float) else begin <= late
+            self.end = HARDEN if early else self.start
         super().on_train_start(trainer, pl_module)
 
     def watch(self, optimizer: Optimizer, network: nn.Module) -> AroundSteps:

@@ -3,8 +3,8 @@
 Deep Compression (Han, Mao and Dally 2015, arXiv 1510.00149) stores a pruned and shared layer as distances between its
 nonzero weights and indices into a codebook, both with Huffman codes. Here where the zeros are is coded by an arithmetic
 coder whose model learns on the way which inputs of a layer are used (its rows tell how full they are), and the values
-by the frequencies of the codebook; neither is worse than the entropy of what it replaces, and both need no table of
-codes. The model is made with additions, multiplications and divisions alone, which every machine rounds alike.
+by the frequencies of the codebook, of the tensor or, where that is shorter, of each of its rows; neither is worse than
+the entropy of what it replaces, and both need no table of codes. The model is made with additions, multiplications and divisions alone, which every machine rounds alike.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_compress.methods.books import LARGEST, RowBooks, row_books
+
 __all__ = ["CodingError", "decode", "encode", "worth_trying"]
 
 Words = NDArray[Any]
@@ -28,7 +30,9 @@ Floats = NDArray[np.float64]
 
 _HEADER = struct.Struct("<BBQI")  # version, flags, nonzero elements, entries of the codebook
 _VERSION = 1
+_WITH_BOOKS = 2  # the version that codebooks of rows came with; what has none is written as before
 _ZEROS, _ROWS, _TABLE = 1, 2, 4  # flags: there are zeros; rows say how full they are; values have a codebook
+_BOOKS = 8  # each row has a codebook
 
 MAX_ROWS = 4096
 MIN_COLUMNS = 16
@@ -79,19 +83,15 @@ def encode(tensor: Tensor) -> bytes:
     matrix = words.reshape(rows, columns)
     nonzero = matrix != 0
     count = int(nonzero.sum())
-    values = matrix[nonzero]
-    table, index, frequency = _table(values)
-    flags = (_ZEROS if count < matrix.size else 0) | (_TABLE if len(table) else 0)
+    coded, flag, entries = _encode_book(matrix[nonzero], nonzero)
+    flags = (_ZEROS if count < matrix.size else 0) | flag
     parts = [b""]
     if 0 < count < matrix.size:
         by_rows, plain = _encode_mask(nonzero, count, True), _encode_mask(nonzero, count, False)
         flags |= _ROWS if len(by_rows) < len(plain) else 0
         parts.append(_pack(by_rows if flags & _ROWS else plain))
-    if len(table):
-        parts += [table.tobytes(), frequency.tobytes(), _pack(_encode_values(index, frequency))]
-    else:
-        parts.append(values.tobytes())
-    parts[0] = _HEADER.pack(_VERSION, flags, count, len(table))
+    parts.append(coded)
+    parts[0] = _HEADER.pack(_WITH_BOOKS if flag & _BOOKS else _VERSION, flags, count, entries)
     return b"".join(parts)
 
 
@@ -111,14 +111,21 @@ def decode(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     size = rows * columns
     try:
         version, flags, count, entries = _HEADER.unpack_from(data)
-        if version != _VERSION or count > size:
+        if version not in (_VERSION, _WITH_BOOKS) or (flags & _BOOKS and version == _VERSION) or count > size:
             raise CodingError(f"coded by another version ({version}), or of another shape than {list(shape)}")
         rest = memoryview(data)[_HEADER.size :]
         nonzero = np.full((rows, columns), count == size)
         if 0 < count < size:
             stream, rest = _unpack(rest)
             nonzero = _decode_mask(stream, rows, columns, count, bool(flags & _ROWS))
-        if flags & _TABLE:
+        if flags & _BOOKS:
+            sizes, rest = _array(rest, np.dtype(np.uint8), rows)
+            book, rest = _array(rest, empty.dtype, int(sizes.sum()))
+            frequency, rest = _array(rest, np.dtype("<u2"), entries)
+            stream, rest = _unpack(rest)
+            index = _decode_values(stream, frequency, count)
+            values = RowBooks(sizes, book).look_up(np.nonzero(nonzero)[0], index)
+        elif flags & _TABLE:
             table, rest = _array(rest, empty.dtype, entries)
             frequency, rest = _array(rest, np.dtype("<u2"), entries)
             stream, rest = _unpack(rest)
@@ -215,6 +222,26 @@ class _Densities:
 # What the others are.
 
 
+def _encode_book(values: Words, nonzero: NDArray[np.bool_]) -> tuple[bytes, int, int]:
+    """The values that are not zero, in the shortest way; its flag, and how many frequencies there are."""
+    table, index, frequency = _table(values)
+    if len(table):
+        coded = table.tobytes() + frequency.tobytes() + _pack(_encode_values(index, frequency))
+    else:
+        coded = values.tobytes()
+    found = None
+    if len(nonzero) > 1 and not 0 < len(table) <= LARGEST:  # else all rows have the same few values
+        found = row_books(np.nonzero(nonzero)[0], values, len(nonzero))
+    if found is not None:
+        books, index = found
+        frequency = _frequencies(np.bincount(index))
+        sections = [books.sizes.tobytes(), books.values.tobytes(), frequency.tobytes()]
+        own = b"".join(sections) + _pack(_encode_values(index, frequency))
+        if len(own) < len(coded):
+            return own, _BOOKS, len(frequency)
+    return coded, _TABLE if len(table) else 0, len(table)
+
+
 def _table(values: Words) -> tuple[Words, NDArray[np.int32], NDArray[np.uint16]]:
     """The codebook, each value's place in it, and frequencies; an empty one where it would not pay."""
     nothing = values[:0], np.empty(0, np.int32), np.empty(0, np.uint16)
@@ -225,8 +252,12 @@ def _table(values: Words) -> tuple[Words, NDArray[np.int32], NDArray[np.uint16]]
     table, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     if not len(table) or len(table) > min(MAX_TABLE, TABLE_SHARE * len(values)):
         return nothing
-    frequency = np.clip(np.rint(counts * (65535 / counts.max())), 1, 65535).astype("<u2")
-    return table, index.astype(np.int32), frequency
+    return table, index.astype(np.int32), _frequencies(counts)
+
+
+def _frequencies(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
+    frequency: NDArray[np.uint16] = np.clip(np.rint(counts * (65535 / counts.max())), 1, 65535).astype("<u2")
+    return frequency
 
 
 def _encode_values(index: NDArray[np.int32], frequency: NDArray[np.uint16]) -> bytes:

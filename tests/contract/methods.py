@@ -94,8 +94,8 @@ METHODS: dict[str, Method] = {
     ),
     "low_bit_ternary": Method(lambda _: [LowBitWeights("ternary", start=1)], budget=None),
     "low_bit_dkm": Method(lambda _: [LowBitWeights("dkm", bits=2, start=1, harden=3)], budget=None),
-    "binary_then_pruning": Method(
-        lambda budget: [LowBitWeights("binary", start=1), *_pruning(start=2)(budget)], budget=0.6, slack=0.03
+    "low_bit_binary_then_pruning": Method(
+        lambda _: [LowBitWeights("binary", start=1), *_pruning(start=2)(Budget(macs=0.6))], budget=None
     ),
     "low_rank": Method(_low_rank(), budget=0.6, renames=True),
     "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),

@@ -112,6 +112,39 @@ def test_the_size_is_near_the_entropy_and_below_it_where_columns_are_empty() -> 
     assert known < bits < known + 0.5 * (plain - known)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 60),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.int64]),
+    distinct=st.integers(1, 20),
+    zeros=st.sampled_from([0.0, 0.3, 0.95]),
+    seed=st.integers(0, 99),
+)
+def test_rows_with_values_of_their_own_come_back(
+    rows: int, columns: int, dtype: torch.dtype, distinct: int, zeros: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    books = torch.randn(rows, distinct, generator=generator) * 50
+    values = books.gather(1, torch.randint(distinct, (rows, columns), generator=generator))
+    round_trip((values * (torch.rand(rows, columns, generator=generator) >= zeros)).to(dtype))
+
+
+def test_rows_with_values_of_their_own_are_coded_near_their_entropy() -> None:
+    """One bit for a sign, and the values of a row once."""
+    signs = torch.randn(128, 64, 3, 3).sign()
+    tensor = signs * torch.rand(128, 1, 1, 1)
+    code = round_trip(tensor)
+    assert len(code) < 1.01 * tensor.numel() / 8 + 128 * 9 + 64
+    for damaged in (code[:-3], code[:40] + b"\xff" + code[41:]):
+        with pytest.raises(CodingError):
+            decode(damaged, tensor.dtype, tensor.shape)
+    assert encode(signs)[0] == 1  # one codebook, as in the first version
+    assert code[0] == 2
+    with pytest.raises(CodingError, match="another version"):
+        decode(b"\x01" + code[1:], tensor.dtype, tensor.shape)
+
+
 def test_data_of_another_tensor_is_refused() -> None:
     tensor = torch.eye(64)
     code = encode(tensor)

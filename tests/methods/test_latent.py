@@ -173,7 +173,7 @@ def test_hard_values_are_the_nearest_centroids() -> None:
     assert len(soft.unique()) > 100
 
 
-@pytest.mark.parametrize(("kind", "least"), [("binary", 31), ("ternary", 19), ("ttq", 17), ("dkm", 15)])
+@pytest.mark.parametrize(("kind", "least"), [("binary", 31), ("xnor", 28), ("ternary", 19), ("ttq", 17), ("dkm", 15)])
 def test_coded_values_are_small(kind: str, least: float) -> None:
     """Bits of a weight: 1 for two values, less than log2 of 3 for three, 2 for four; and a few for the layer."""
     weight = 0.05 * torch.randn(128, 64, 3, 3)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.held import HeldWeights
+from lightning_compress.callbacks.lending import Lending
 from lightning_compress.callbacks.timing import milestones
 from lightning_compress.edits import ROLES, Edit, companion
 from lightning_compress.methods.calibration import first_and_last
@@ -79,7 +80,7 @@ class LowBitWeights(HeldWeights):
         network: str | None = None,
     ) -> None:
         """Check the arguments."""
-        self.method = make_latent(kind, granularity, bits, tau)
+        self.lending = Lending(make_latent(kind, granularity, bits, tau))
         if harden is not None and kind != "dkm":
             raise ValueError(f"`harden` goes with kind='dkm', got harden={harden!r} with kind={kind!r}")
         if not isinstance(ends, bool):
@@ -88,13 +89,9 @@ class LowBitWeights(HeldWeights):
         end = start if harden is None else harden  # by default put off when the Trainer's limits are known
         super().__init__(exclude=exclude, start=start, end=end, steps=steps, schedule=schedule, network=network)
         self.kind, self.harden, self.ends = kind, harden, ends
-        self._memory: dict[str, Tensor] = {}
-        self._hard = False
         self._outer: tuple[str, ...] | None = None  # the first and the last weight, once they are known
         self._chosen: tuple[str, ...] = ()
         self._amount = 0.0
-        self._lent: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self._turned: set[int] = set()  # optimizers whose gradients are those of latents
 
     # What the base asks.
 
@@ -111,7 +108,7 @@ class LowBitWeights(HeldWeights):
         """
         super().setup(trainer, pl_module, stage)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, WeightAveraging):
+            if stage == "fit" and isinstance(other, WeightAveraging):
                 raise MisconfigurationException(
                     f"{type(other).__name__} and LowBitWeights do not go together: the average of weights that have "
                     "few values has many. Leave one of them out"
@@ -149,7 +146,7 @@ class LowBitWeights(HeldWeights):
         self._amount, self._chosen = amount, ()
         if self.held(captured.network):
             return captured, (), {}
-        self._memory = {}
+        self.lending.memory = {}
         self._look(captured)
         chosen, left = self.choose(captured.network)
         self._chosen = tuple(chosen)
@@ -159,18 +156,14 @@ class LowBitWeights(HeldWeights):
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""
         network = self.target(pl_module)
-        parameters = dict(network.named_parameters())
-        for name in self._chosen:
-            weight, latent = parameters[name], companion(network, name, self.role)
-            assert latent is not None
-            latent.copy_(weight)
-            self._memory[name] = self.method.begin(latent)
-        self._hard = self._amount >= 1.0
+        self.changed()
+        self.lending.begin(entry for entry in super().held(network) if entry[0] in self._chosen)
+        self.lending.hard = self._amount >= 1.0
         self._chosen = ()
         self.changed()
-        self._settle_all(network)
-        what = "hard" if self.kind == "dkm" and self._hard else self.kind
-        rank_zero_info(f"LowBitWeights: {len(self._memory)} tensors are {what} from now on")
+        self.lending.settle(self.held(network))
+        what = "hard" if self.kind == "dkm" and self.lending.hard else self.kind
+        rank_zero_info(f"LowBitWeights: {len(self.lending.memory)} tensors are {what} from now on")
 
     # The life.
 
@@ -182,24 +175,26 @@ class LowBitWeights(HeldWeights):
         """
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         fused = any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
-        if self.method.learns and scaler is not None and fused:
+        if self.lending.kind.learns and scaler is not None and fused:
             raise MisconfigurationException(
                 f"kind={self.kind!r} trains scales on the gradients, which a fused optimizer unscales out of sight: "
                 "leave out fused=True, or use precision='bf16-mixed'"
             )
         if self.kind == "dkm" and self.harden is None:
-            begin, late = (milestones(trainer, v, v, 1, SCHEDULES["one_shot"])[0].at for v in (self.start, HARDEN))
-            early = self.start <= HARDEN if isinstance(self.start, float) else begin <= late
+            when = [milestones(trainer, v, v, 1, SCHEDULES["one_shot"])[0].at for v in (self.start, HARDEN)]
+            early = self.start <= HARDEN if isinstance(self.start, float) else when[0] <= when[1]
             self.end = HARDEN if early else self.start
         super().on_train_start(trainer, pl_module)
 
     def watch(self, optimizer: Optimizer, network: nn.Module) -> AroundSteps:
         """See `HeldWeights`: for the time of a step the optimizer has the latents."""
-        return AroundSteps(optimizer, lambda which: self._lend(which, network), lambda _: self.hold(network))
+        return AroundSteps(
+            optimizer, lambda which: self.lending.lend(which, self.held(network)), lambda _: self.hold(network)
+        )
 
     def hold(self, network: nn.Module) -> None:
         """See `HeldWeights`: what an optimizer was lent is taken back."""
-        self._take_back()
+        self.lending.take_back()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -207,46 +202,44 @@ class LowBitWeights(HeldWeights):
         """See `CompressionCallback`; a step that the user's code let fail is over."""
         for hook in self._hooks:
             hook.reset()
-        self._take_back()
+        self.lending.take_back()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Before gradients are clipped: make those at the values into those at the latents."""
-        self._turn(optimizer, self.target(pl_module))
-        self._turned.add(id(optimizer))
+        self.lending.turn(optimizer, self.held(self.target(pl_module)))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Before anyone saves what an error left behind."""
-        self._take_back()
+        self.lending.take_back()
 
     def after_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Latents were cut with their weights; what was written to these is taken back."""
         self.changed()
-        self._settle_all(self.target(pl_module))
+        self.lending.settle(self.held(self.target(pl_module)))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training that ended early leaves hard values, too."""
-        if not self._hard:
-            self._hard = True
-            self._settle_all(self.target(pl_module))
+        if not self.lending.hard:
+            self.lending.hard = True
+            self.lending.settle(self.held(self.target(pl_module)))
         super().on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See `CompressionCallback`."""
-        self._take_back()
-        self._turned.clear()
+        self.lending.forget()
         super().teardown(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, and the memories; latents are in the network."""
-        return {**super().state_dict(), "memory": dict(self._memory), "hard": self._hard}
+        return {**super().state_dict(), "memory": dict(self.lending.memory), "hard": self.lending.hard}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
-        self._memory, self._hard = dict(state_dict["memory"]), state_dict["hard"]
+        self.lending.memory, self.lending.hard = dict(state_dict["memory"]), state_dict["hard"]
 
     # Which weights.
 
@@ -271,7 +264,7 @@ class LowBitWeights(HeldWeights):
     def held(self, network: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
         """See `HeldWeights`; of those that have latents, this callback's."""
         if self._held is None:
-            self._held = [entry for entry in super().held(network) if entry[0] in self._memory]
+            self._held = [entry for entry in super().held(network) if entry[0] in self.lending.memory]
         return self._held
 
     def _look(self, captured: Captured) -> None:
@@ -279,52 +272,3 @@ class LowBitWeights(HeldWeights):
         if not self.ends:
             candidates = [name for name, weight in captured.network.named_parameters() if weight.dim() >= 2]
             self._outer = first_and_last(captured.network, candidates, captured.calls)
-
-    # Weights and latents.
-
-    @torch.no_grad()
-    def _turn(self, optimizer: Optimizer, network: nn.Module) -> None:
-        """Make an optimizer's gradients at the values into those at the latents."""
-        for name, weight, latent in self._of(optimizer, network):
-            if weight.grad is not None:
-                weight.grad.copy_(self.method.gradient(latent, self._recall(name, latent), weight.grad))
-
-    @torch.no_grad()
-    def _lend(self, optimizer: Optimizer, network: nn.Module) -> None:
-        """Give an optimizer, for its step, the latents of its weights."""
-        if id(optimizer) not in self._turned:  # a step that Lightning does not know of
-            self._turn(optimizer, network)
-        self._turned.discard(id(optimizer))
-        for name, weight, latent in self._of(optimizer, network):
-            if self.method.learns and weight.grad is not None:
-                rate = next(float(g["lr"]) for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-                self._memory[name] = self.method.learn(latent, self._recall(name, latent), weight.grad, rate)
-            weight.copy_(latent)
-            self._lent[name] = weight, latent
-
-    @torch.no_grad()
-    def _take_back(self) -> None:
-        """What an optimizer was lent is latents, as it left them; the weights become values again."""
-        lent, self._lent = self._lent, {}
-        for name, (weight, latent) in lent.items():
-            latent.copy_(weight)
-            self._settle(name, weight, latent)
-
-    @torch.no_grad()
-    def _settle_all(self, network: nn.Module) -> None:
-        for entry in self.held(network):
-            self._settle(*entry)
-
-    def _settle(self, name: str, weight: nn.Parameter, latent: Tensor) -> None:
-        """Work out a weight's values."""
-        moved, memory = self.method.follow(latent, self._recall(name, latent))
-        latent.copy_(moved)
-        weight.copy_(self.method.values(latent, memory, self._hard))
-        self._memory[name] = memory
-
-    def _recall(self, name: str, latent: Tensor) -> Tensor:
-        return self._memory[name].to(latent.device)  # a checkpoint may have been loaded elsewhere
-
-    def _of(self, optimizer: Optimizer, network: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [entry for entry in self.held(network) if id(entry[1]) in own]

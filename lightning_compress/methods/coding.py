@@ -4,7 +4,8 @@ Deep Compression (Han, Mao and Dally 2015, arXiv 1510.00149) stores a pruned and
 nonzero weights and indices into a codebook, both with Huffman codes. Here where the zeros are is coded by an arithmetic
 coder whose model learns on the way which inputs of a layer are used (its rows tell how full they are), and the values
 by the frequencies of the codebook, of the tensor or, where that is shorter, of each of its rows; neither is worse than
-the entropy of what it replaces, and both need no table of codes. The model is made with additions, multiplications and divisions alone, which every machine rounds alike.
+the entropy of what it replaces, and both need no table of codes. The model is made with additions, multiplications and
+divisions alone, which every machine rounds alike.
 """
 
 from __future__ import annotations

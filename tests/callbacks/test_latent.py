@@ -80,7 +80,7 @@ def test_resumed_equals_uninterrupted(kind: str, tmp_path: Path) -> None:
         again, second = task("residual"), low_bit(kind)
         resumed = fit(again, tmp_path / str(epoch), second, ckpt=tmp_path / "straight" / f"epoch={epoch}.ckpt")
         assert same(again.state_dict(), module.state_dict()), epoch
-        assert same(second._memory, callback._memory), epoch
+        assert same(second.lending.memory, callback.lending.memory), epoch
         ours, theirs = (run.optimizers[0].state_dict()["state"] for run in (resumed, straight))
         assert all(same(values, ours[place]) for place, values in theirs.items())
 
@@ -147,14 +147,14 @@ def test_a_step_that_a_gradient_scaler_skips_leaves_no_trace(kind: str, tmp_path
                 pl_module.net.head.bias.grad.fill_(torch.inf)
                 state["before"] = {n: p.detach().clone() for n, p in pl_module.net.named_parameters()}
                 state["latent"] = {n: latent.clone() for n, (_, latent) in latents(pl_module.net).items()}
-                state["memory"] = {n: v.clone() for n, v in callback._memory.items()}
+                state["memory"] = {n: v.clone() for n, v in callback.lending.memory.items()}
 
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             if state and "checked" not in state:
                 state["checked"] = True
                 assert same(dict(pl_module.net.named_parameters()), state["before"])
                 assert same({n: latent for n, (_, latent) in latents(pl_module.net).items()}, state["latent"])
-                assert same(callback._memory, state["memory"])
+                assert same(callback.lending.memory, state["memory"])
             self.look(trainer, pl_module)
 
     callback = low_bit(kind)

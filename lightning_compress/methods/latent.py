@@ -25,7 +25,10 @@ TTQ_THRESHOLD = 0.05
 """Of the largest weight, below which weights become zero; the paper's."""
 
 LEAST = 1e-6
-"""A trained scale does not fall below it: at zero no gradient would reach the latents any more."""
+"""The scale of a tensor of zeros."""
+
+LEAST_SCALE = 0.01
+"""In its unit; a trained scale does not fall below it: at zero no gradient would reach the latents any more."""
 
 
 class Latent(ABC):
@@ -164,8 +167,10 @@ class TrainedTernary(Latent):
     """Zeros and two scales that are trained: trained ternary quantization (Zhu et al. 2016, arXiv 1612.01064).
 
     Latents within 0.05 of the largest become zero, those above are the positive scale, those below minus the negative
-    one. Both are the memory; they take steps of plain gradient descent along the sum over their places, at the learning
-    rate of the weights. (The paper's formula for the negative scale lacks the sign that the chain rule gives it.)
+    one. The memory is both, in units of the mean size of the weights when training of latents begins, and this unit.
+    They take steps of plain gradient descent along the sum over their places, at the learning rate of the weights. The
+    units are those of the paper, whose scales are near one; without them the rate would have to be one for each layer.
+    (The paper's formula for the negative scale lacks the sign that the chain rule gives it.)
 
     Example:
         >>> kind, weight = TrainedTernary(), torch.tensor([[0.01, -3.0, 1.0, 2.0]])
@@ -176,15 +181,17 @@ class TrainedTernary(Latent):
     learns: ClassVar[bool] = True
 
     def begin(self, weight: Tensor) -> Tensor:
-        """See `Latent`: the positive and the negative scale, each the mean size of its weights."""
+        """See `Latent`: the positive and the negative scale, each the mean size of its weights, and their unit."""
         size = weight.detach().abs()
-        scales = [size[side].mean() if side.any() else size.mean() for side in self._sides(weight.detach())]
-        return torch.stack(scales).clamp_min(LEAST)
+        unit = size.mean().clamp_min(LEAST)
+        scales = [size[side].mean() / unit if side.any() else unit / unit for side in self._sides(weight.detach())]
+        return torch.stack([*scales, unit])
 
     def values(self, latent: Tensor, memory: Tensor, hard: bool = False) -> Tensor:
         """See `Latent`."""
         positive, negative = self._sides(latent)
-        return torch.where(positive, memory[0], torch.where(negative, -memory[1], 0.0))
+        scales = memory[:2] * memory[2]
+        return torch.where(positive, scales[0], torch.where(negative, -scales[1], 0.0))
 
     def gradient(self, latent: Tensor, memory: Tensor, gradient: Tensor) -> Tensor:
         """See `Latent`: straight through, times the scale of the side that a latent is on."""
@@ -194,9 +201,9 @@ class TrainedTernary(Latent):
     def learn(self, latent: Tensor, memory: Tensor, gradient: Tensor, rate: float) -> Tensor:
         """See `Latent`. The gradient at the values is that at the latents over the scale: so it is clipped, too."""
         positive, negative = self._sides(latent)
-        up = torch.where(positive, gradient, 0.0).sum() / memory[0]
-        down = -torch.where(negative, gradient, 0.0).sum() / memory[1]
-        return (memory - rate * torch.stack([up, down])).clamp_min(LEAST)
+        sums = [torch.where(positive, gradient, 0.0).sum(), -torch.where(negative, gradient, 0.0).sum()]
+        scales = memory[:2] - rate * memory[2] * torch.stack(sums) / memory[:2]
+        return torch.cat([scales.clamp_min(LEAST_SCALE), memory[2:]])
 
     @staticmethod
     def _sides(latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,13 +76,26 @@ def test_the_scales_of_trained_ternary_weights_follow_the_loss() -> None:
     kind.values(weight, memory).backward(at_values)
     assert memory.grad is not None
     old = memory.detach()
+    slope = memory.grad * torch.tensor([1.0, 1.0, 0.0])  # the unit stays
     at_latents = kind.gradient(weight, old, at_values)
-    assert torch.allclose(kind.learn(weight, old, at_latents, 0.01), old - 0.01 * memory.grad, rtol=1e-12)
+    assert torch.allclose(kind.learn(weight, old, at_latents, 0.01), old - 0.01 * slope, rtol=1e-12)
     limit = 0.05 * weight.abs().max()
     assert torch.allclose(at_latents[weight > limit], old[0] * at_values[weight > limit])
     assert torch.allclose(at_latents[weight < -limit], old[1] * at_values[weight < -limit])
     assert torch.equal(at_latents[weight.abs() <= limit], at_values[weight.abs() <= limit])
     assert float(kind.learn(weight, old, 1e9 * torch.ones_like(weight), 1.0).min()) > 0
+
+
+def test_trained_scales_do_not_depend_on_the_size_of_weights() -> None:
+    """Behind a norm a layer's gradient falls as its weights grow: in a hundredth of the unit it is a hundredfold."""
+    kind, weight, gradient = TrainedTernary(), torch.randn(6, 7), torch.randn(6, 7)
+    memories = []
+    for factor in (1.0, 0.01):
+        memory = kind.begin(factor * weight)
+        at_latents = kind.gradient(factor * weight, memory, gradient / factor)
+        memories.append(kind.learn(factor * weight, memory, at_latents, 0.1))
+    assert torch.allclose(memories[0][:2], memories[1][:2], rtol=1e-5)
+    assert not torch.allclose(memories[0][:2], kind.begin(weight)[:2], rtol=1e-3)
 
 
 def test_latents_of_binary_weights_stay_within_the_scale() -> None:

@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused_before_training(callback: WeightPruning, m
 
 
 def test_lightnings_own_pruning_loses_its_masks_where_ours_does_not(tmp_path: Path) -> None:
-    """What `ModelPruning` leaves after a resume: the record is in docs/weight_pruning.md."""
+    """What `ModelPruning` leaves after a resume: the record is in docs/pruning_and_sharing.md."""
     from lightning.pytorch.callbacks import ModelPruning
 
     def run(folder: Path, ckpt: Path | None = None) -> float:

@@ -55,13 +55,15 @@ class Case:
 
 
 def waiting(**options: Any) -> Case:
-    """Channel pruning whose first edit is far away; in a step only two criteria have anything to do."""
+    """Channel pruning whose first edit is far away; in a step only some have anything to do."""
     return Case(lambda: ChannelPruning(Budget(macs=0.5), start=EPOCHS - 2, end=EPOCHS - 1, **options), 1.02)
 
 
 CASES = {
     "channel pruning, l2": waiting(),
-    "channel pruning, bn_scale": waiting(criterion="bn_scale", sparsity=1e-4),
+    "channel pruning, bn_scale": waiting(criterion="bn_scale", regularization="slimming"),
+    "channel pruning, group norm": waiting(regularization="group_norm"),
+    "channel pruning, growing": waiting(regularization="growing"),
     "channel pruning, taylor": waiting(criterion="taylor"),
     "masks": Case(lambda: WeightPruning(0.9, start=0.0, schedule="one_shot"), 1.05),
     "shared values": Case(lambda: WeightSharing(5, start=0.0), 1.3),

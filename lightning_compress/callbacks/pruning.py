@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
+from lightning_compress.callbacks.emptying import Emptying, Marked
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
 from lightning_compress.edits import Edit, history
-from lightning_compress.methods.choosing import Selection, costs
-from lightning_compress.methods.criteria import GATHERED, activation_terms, add_sparsity_gradient, gradient_terms
+from lightning_compress.methods.choosing import Ranking, Selection, costs
+from lightning_compress.methods.criteria import GATHERED, activation_terms, gradient_terms
 from lightning_compress.methods.measured import Stopwatch
-from lightning_compress.methods.pruning import plan_channels
+from lightning_compress.methods.pruning import freeze_kept, plan_channels
 from lightning_compress.methods.refit import Refit
 
 __all__ = ["ChannelPruning"]
@@ -34,7 +36,8 @@ class ChannelPruning(CompressionCallback):
         budget: what may be left. Latency is timed as the run goes: another run's edits may differ a little.
         criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `fisher`,
             `activation`, `lamp`, `random`.
-        ranking: `global` (all layers compete) or `layer` (each loses the same fraction).
+        ranking: `global` (all layers compete), `layer` (each loses the same fraction) or `isomorphic` (layers of the
+            same structure compete, and each such class loses the same fraction).
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.
         end: when the last edit is made, likewise; the rest of training recovers.
         steps: number of edits.
@@ -44,7 +47,13 @@ class ChannelPruning(CompressionCallback):
         floor: smallest fraction of a layer's channels that stays.
         refit: refit what remains and re-estimate BatchNorm after each edit.
         samples: number of calibration samples for it.
-        sparsity: strength of the L1 pull on norm scales before the last edit (network slimming); for `bn_scale`.
+        regularization: what empties channels before the last edit: `slimming` (L1 on norm scales, for `bn_scale`),
+            `group_lasso` or `group_norm` (on all the weights of a channel, wherever they are), `growing` (channels are
+            marked long before they are cut, and pulled to zero ever harder); None: nothing. Added to the gradients
+            before they are clipped.
+        strength: of that; by default what `REGULARIZATIONS` has for it.
+        sensitivity: power of each layer's sensitivity that its scores are multiplied by, so that layers lose less that
+            the outputs depend on; measured before each edit, by one run on at most 64 samples for each layer.
         network: dotted name of the network inside the LightningModule; by default it is found.
 
     Raises:
@@ -60,7 +69,7 @@ class ChannelPruning(CompressionCallback):
         self,
         budget: Budget,
         criterion: str = "l2",
-        ranking: Literal["global", "layer"] = "global",
+        ranking: Ranking = "global",
         start: float | int = 0.0,
         end: float | int = 0.5,
         steps: int = 5,
@@ -70,7 +79,9 @@ class ChannelPruning(CompressionCallback):
         floor: float = Selection.floor,
         refit: bool = True,
         samples: int = 256,
-        sparsity: float = 0.0,
+        regularization: str | None = None,
+        strength: float | None = None,
+        sensitivity: float = 0.0,
         network: str | None = None,
     ) -> None:
         """Check the arguments."""
@@ -79,20 +90,22 @@ class ChannelPruning(CompressionCallback):
             raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
-        if sparsity < 0 or (sparsity and criterion != "bn_scale"):
-            raise ValueError(
-                f"`sparsity` must be >= 0 and goes with criterion='bn_scale', got {sparsity!r} with {criterion!r}"
-            )
-        self.selection = Selection(criterion, ranking, round_to, exclude, floor)
+        self.selection = Selection(criterion, ranking, round_to, exclude, floor, sensitivity)
         if criterion in GATHERED and start == 0:
             raise ValueError(
                 f"criterion={criterion!r} gathers gradients before the first edit: `start` must be after 0"
             )
-        self.budget, self.refit, self.samples, self.sparsity = budget, refit, samples, sparsity
+        self.budget, self.refit, self.samples = budget, refit, samples
+        self._emptying = Emptying(regularization, strength, criterion, start, end)
         self._since = 0  # edits that the network had been through before this run
         self._saliency: dict[Location, Tensor] = {}
-        self._gathered: Coupling | None = None
+        self._coupling: Coupling | None = None
         self._refit: Refit | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See `CompressionCallback`; what a run before this one has found out is not of this network."""
+        super().setup(trainer, pl_module, stage)
+        self._forget_structure()
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Plan the whole budget once, on a copy, and throw the plan away."""
@@ -103,22 +116,18 @@ class ChannelPruning(CompressionCallback):
         if self.budget.latency is not None:
             dense["latency"] = Stopwatch.start(captured.network, captured.calls).microseconds
         # Whether a budget can be met does not depend on the order of the channels, and gradients there are none yet.
-        selection = self.selection
+        selection = replace(self.selection, sensitivity=0.0)
         if selection.criterion in (*GATHERED, "activation"):
             selection = replace(selection, criterion="l2")
-        self._plan(captured, coupling, selection, self.budget.limits(dense), dense)
+        self._plan(captured, coupling, selection, self.budget.limits(dense), dense, {})
         return dense
 
     def edit(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, amount: float
     ) -> tuple[Captured, Sequence[Edit], Mapping[str, str]]:
         """Plan one step of the way, and solve for the weights that will remain."""
-        captured = capture(trainer, pl_module, self.network, self.samples)
-        coupling = trace_coupling(captured.network, captured.calls)
-        if self.selection.criterion == "activation":
-            self._saliency = activation_terms(coupling, captured.calibration)
-        settled = self._plan(captured, coupling, self.selection, self.budget.relaxed(amount, self.dense), self.dense)
-        self._saliency, self._gathered = {}, None
+        captured, coupling, settled = self._plan_step(trainer, pl_module, amount)
+        self._forget_structure()
         if settled is None:
             return captured, (), coupling.reasons
         if self.refit:
@@ -131,32 +140,94 @@ class ChannelPruning(CompressionCallback):
             self._refit.apply()
             self._refit = None
 
+    def after_edits(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        path: str,
+        edits: Sequence[Edit],
+        frozen: Mapping[str, str],
+    ) -> None:
+        """What is known of the network's structure is out of date, whoever changed it."""
+        if edits:
+            self._forget_structure()
+
+    # Between edits.
+
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Until the last edit: gather terms of gradients, pull norm scales towards zero."""
-        if self.done >= 1.0 or not (self.sparsity or self.selection.criterion in GATHERED):
+        """Until the last edit: gather terms of the loss's gradients, where the criterion needs them."""
+        if self.done < 1.0 and self.selection.criterion in GATHERED:
+            network = pl_module.get_submodule(find_network(pl_module, self.network))
+            parameters = dict(network.named_parameters(remove_duplicate=False))
+            coupling = self._structure(trainer, pl_module)
+            self._saliency = gradient_terms(coupling, parameters, self._saliency, self.selection.criterion)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """See `CompressionCallback`; then regularise, of all parameters those that this optimizer will move."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._emptying.regularization is None or self.done >= 1.0:
             return
         network = pl_module.get_submodule(find_network(pl_module, self.network))
-        if self.sparsity:
-            add_sparsity_gradient(network, self.sparsity)
-        if self.selection.criterion in GATHERED:
-            if self._gathered is None:
-                captured = capture(trainer, pl_module, self.network)
-                self._gathered = trace_coupling(captured.network, captured.calls)
-            parameters = dict(network.named_parameters(remove_duplicate=False))
-            self._saliency = gradient_terms(self._gathered, parameters, self._saliency, self.selection.criterion)
+        self._emptying.pull(
+            trainer,
+            network,
+            optimizer,
+            lambda: self._structure(trainer, pl_module),
+            lambda: self._mark(trainer, pl_module),
+        )
+
+    def _mark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Marked:
+        due = next(milestone for milestone in self._milestones if milestone.amount > self.done)
+        return Marked.now(trainer, due, self._plan_step(trainer, pl_module, due.amount)[2])
+
+    def _structure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Coupling:
+        """The coupling, traced once between two edits."""
+        if self._coupling is None:
+            captured = capture(trainer, pl_module, self.network)
+            self._coupling = trace_coupling(captured.network, captured.calls)
+            freeze_kept(self._coupling, self.selection.exclude, _outside(captured))
+        return self._coupling
+
+    def _forget_structure(self) -> None:
+        self._saliency, self._coupling = {}, None
+        self._emptying.forget()
+
+    # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What the base keeps, what was asked for, and the terms gathered since the last edit."""
-        saliency = [(name, dim, value) for (name, dim), value in self._saliency.items()]
-        return {**super().state_dict(), "saliency": saliency, "since": self._since, "budget": self.budget.given()}
+        """What the base keeps, what was asked for, and what was gathered and marked since the last edit."""
+        return {
+            **super().state_dict(),
+            "saliency": [(name, dim, value) for (name, dim), value in self._saliency.items()],
+            "since": self._since,
+            "budget": self.budget.given(),
+            "marked": self._emptying.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
         self._since = state_dict["since"]
-        if state_dict["budget"] != self.budget.given():
-            self.done = 0.0  # another budget, of the same dense network: what is due by now is still to be done
         self._saliency = {(name, dim): value for name, dim, value in state_dict["saliency"]}
+        same = state_dict["budget"] == self.budget.given()
+        if not same:
+            self.done = 0.0  # another budget, of the same dense network: what is due by now is still to be done
+        self._emptying.load_state_dict(state_dict["marked"] if same else None)
+
+    # Plans.
+
+    def _plan_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, amount: float
+    ) -> tuple[Captured, Coupling, Settled | None]:
+        """Plan `amount` of the way."""
+        captured = capture(trainer, pl_module, self.network, self.samples)
+        coupling = trace_coupling(captured.network, captured.calls)
+        active = self.selection.criterion == "activation"
+        saliency = activation_terms(coupling, captured.calibration) if active else self._saliency
+        limits = self.budget.relaxed(amount, self.dense)
+        return captured, coupling, self._plan(captured, coupling, self.selection, limits, self.dense, saliency)
 
     def _plan(
         self,
@@ -165,12 +236,23 @@ class ChannelPruning(CompressionCallback):
         selection: Selection,
         limits: Mapping[str, float],
         dense: Mapping[str, float],
+        saliency: Mapping[Location, Tensor],
     ) -> Settled | None:
-        stopwatch = None
+        stopwatch, marked = None, self._emptying.marked
         if "latency" in limits:
             stopwatch = Stopwatch.resume(captured.network, self._since, captured.calls, dense["latency"])
-        keep = dict.fromkeys(captured.outside, "is used outside of the network's calls")
-        seed = int(self.done * 1000)  # another draw at each edit, the same on every rank and after a resume
         return plan_channels(
-            coupling, selection, limits=limits, saliency=self._saliency, stopwatch=stopwatch, keep=keep, seed=seed
+            coupling,
+            selection,
+            limits=limits,
+            saliency=saliency,
+            stopwatch=stopwatch,
+            keep=_outside(captured),
+            seed=int(self.done * 1000),  # another draw at each edit, the same on every rank and after a resume
+            first=None if marked is None else marked.classes(coupling),
+            calibration=captured.calibration,
         )
+
+
+def _outside(captured: Captured) -> dict[str, str]:
+    return dict.fromkeys(captured.outside, "is used outside of the network's calls")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.schedule import Schedule
 
-__all__ = ["Milestone", "milestones"]
+__all__ = ["Milestone", "milestones", "position"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,12 @@ def milestones(
         amounts[at] = min(1.0, schedule((index + 1) / steps))
     amounts[max(amounts)] = 1.0
     return [Milestone(unit, at, amount) for at, amount in sorted(amounts.items())]
+
+
+def position(trainer: pl.Trainer, unit: str) -> float:
+    """Where a run is, in the unit of a milestone; inside of epochs in fractions, where their length is known."""
+    if unit == "step":
+        return float(trainer.global_step)
+    batches = trainer.num_training_batches
+    inside = trainer.fit_loop.batch_idx / batches if 0 < batches < math.inf else 0.0
+    return trainer.current_epoch + max(0.0, inside)

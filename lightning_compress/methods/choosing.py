@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import BudgetError, bisect
-from lightning_compress.coupling import Coupling, Mask
+from lightning_compress.coupling import Coupling, Group, Mask
 from lightning_compress.coupling.labels import Vector
+from lightning_compress.edits import named_tensors
 from lightning_compress.methods.criteria import Scores, check_criterion
 
-__all__ = ["Chooser", "Selection", "costs"]
+__all__ = ["Chooser", "Ranking", "Selection", "costs", "structure"]
+
+Ranking = Literal["global", "layer", "isomorphic"]
+"""Who competes with whom, see `Selection`."""
 
 UNITS: Mapping[str, Callable[[Coupling, Mask], float]] = {
     "macs": Coupling.macs,
@@ -37,31 +41,69 @@ class Selection:
 
     Attributes:
         criterion: a name in `criteria.CRITERIA`.
-        ranking: `global`: all layers compete; `layer`: each layer loses the same fraction.
+        ranking: `global`: all layers compete; `layer`: each layer loses the same fraction; `isomorphic`: layers of the
+            same structure compete (see `structure`), and each such class loses the same fraction (Fang et al. 2024,
+            'Isomorphic pruning', arXiv 2407.04616).
         round_to: layers keep a multiple of this many channels (those that have as many).
         exclude: patterns of module names (`fnmatch`) whose output channels stay.
         floor: smallest fraction of a layer's channels that stays; at least one channel does.
+        sensitivity: power of each layer's measured sensitivity that its scores are multiplied by; 0: not measured.
 
     Raises:
         ValueError: a value out of range.
     """
 
     criterion: str = "l2"
-    ranking: Literal["global", "layer"] = "global"
+    ranking: Ranking = "global"
     round_to: int = 1
     exclude: Sequence[str] = ()
     floor: float = 0.1
+    sensitivity: float = 0.0
 
     def __post_init__(self) -> None:
         check_criterion(self.criterion)
-        if self.ranking not in ("global", "layer"):
-            raise ValueError(f"`ranking` must be 'global' or 'layer', got {self.ranking!r}")
+        if self.ranking not in get_args(Ranking):
+            raise ValueError(f"`ranking` must be one of {', '.join(get_args(Ranking))}, got {self.ranking!r}")
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
         if isinstance(self.exclude, str):
             raise ValueError(f"`exclude` must be a list of patterns, got the string {self.exclude!r}")
         if not 0 <= self.floor < 1:
             raise ValueError(f"`floor` must be in [0, 1), got {self.floor!r}")
+        if not 0 <= self.sensitivity < np.inf:
+            raise ValueError(f"`sensitivity` must be a power of at least 0, got {self.sensitivity!r}")
+        if self.sensitivity and self.ranking == "layer":
+            raise ValueError("`sensitivity` weighs layers against each other: use ranking='global' or 'isomorphic'")
+
+
+def structure(coupling: Coupling, group: Group) -> frozenset[tuple[object, ...]]:
+    """What a layer is made of: the set of the places its channels live in, whatever their number and width.
+
+    Args:
+        coupling: the traced network.
+        group: the layer.
+
+    Returns:
+        For each place: the class of the module, what it calls the tensor, the dim, the kernel, whether it is grouped.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_compress.coupling import trace_coupling
+        >>> net = nn.Sequential(*[nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)])
+        >>> coupling = trace_coupling(net, torch.zeros(1, 1, 4, 4))
+        >>> first, second, third = (structure(coupling, group) for group in coupling.groups)
+        >>> first == second, first == third
+        (True, False)
+    """
+    tensors = dict(named_tensors(coupling.model))
+    places = set()
+    for name, dim in group.locations:
+        path, _, leaf = name.rpartition(".")
+        module = coupling.model.get_submodule(path)
+        grouped = getattr(module, "groups", 1) != 1
+        places.add((type(module), leaf, dim, tuple(tensors[name].shape[2:]), grouped))
+    return frozenset(places)
 
 
 def costs(coupling: Coupling, cut: Mask | None = None) -> dict[str, float]:
@@ -84,6 +126,26 @@ class Chooser:
         cuttable = [r[: len(r) - least] for r, least in zip(self.ranked, self.least, strict=True)]
         everything = np.concatenate([*cuttable, np.empty(0, np.int64)])
         self.order = everything[np.argsort(scores[everything], kind="stable")]
+        self.shares = np.empty(0)
+        if selection.ranking == "isomorphic":
+            self._interleave()
+
+    def _interleave(self) -> None:
+        """Order channels by the share of its class that has gone with each: prefixes then take as much of every class.
+
+        Within a class the order stays that of the scores.
+        """
+        kinds = [structure(self.coupling, group) for group in self.groups]
+        kind_of = np.empty(self.coupling.count, np.int64)
+        for group, kind in zip(self.groups, kinds, strict=True):
+            kind_of[group.classes] = kinds.index(kind)
+        of = kind_of[self.order]
+        share = np.empty(len(self.order))
+        for kind in np.unique(of):
+            total = sum(len(group.classes) for group in self.groups if kind_of[group.classes[0]] == kind)
+            share[of == kind] = np.arange(1, (of == kind).sum() + 1) / total
+        order = np.argsort(share, kind="stable")
+        self.order, self.shares = self.order[order], share[order]
 
     def _round(self, size: int, keep: int) -> int:
         """`keep` rounded up to a multiple, or all of a layer that is smaller than one."""
@@ -122,6 +184,8 @@ class Chooser:
         """Cut a fraction of the channels."""
         if self.selection.ranking == "layer":
             return self.layerwise(ratio)
+        if self.selection.ranking == "isomorphic":
+            return self.prefix(int(np.searchsorted(self.shares, ratio, side="right")))
         return self.prefix(min(len(self.order), round(ratio * sum(map(len, self.ranked)))))
 
     def smallest(self) -> Mask:

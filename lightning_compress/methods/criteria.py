@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Location
 from lightning_compress.methods.calibration import input_norms
+from lightning_compress.methods.regularization import NORMS
 from lightning_compress.methods.sparsity import lamp as relative_to_above
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "Place",
     "Scores",
     "activation_terms",
-    "add_sparsity_gradient",
     "check_criterion",
     "gradient_terms",
     "score_channels",
@@ -57,9 +57,6 @@ class Place:
 
 Criterion = Callable[[Place], Tensor | None]
 """A score for each index of the dim; None where the criterion has nothing to say."""
-
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def l1(place: Place) -> Tensor | None:
@@ -94,7 +91,7 @@ def fpgm(place: Place) -> Tensor | None:
 
 def bn_scale(place: Place) -> Tensor | None:
     """Absolute scale of the norm that follows, as network slimming has it (Liu et al. 2017, arXiv 1708.06519)."""
-    return place.weight.abs().float() if isinstance(place.module, _NORMS) and place.leaf == "weight" else None
+    return place.weight.abs().float() if isinstance(place.module, NORMS) and place.leaf == "weight" else None
 
 
 def taylor(place: Place) -> Tensor | None:
@@ -146,18 +143,6 @@ def check_criterion(name: str) -> None:
     """Raise ValueError, with the list of what there is, unless `name` is a criterion."""
     if name not in CRITERIA:
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {name!r}")
-
-
-def add_sparsity_gradient(model: nn.Module, strength: float) -> None:
-    """Add the gradient of `strength` x |scale| to every norm's scale (network slimming, Liu et al. 2017, 1708.06519).
-
-    Args:
-        model: the network, with gradients.
-        strength: weight of the L1 term.
-    """
-    for module in model.modules():
-        if isinstance(module, _NORMS) and module.weight is not None and module.weight.grad is not None:
-            module.weight.grad.add_(module.weight.detach().sign(), alpha=strength)
 
 
 def gradient_terms(

@@ -6,20 +6,22 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.budget import Budget
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, named_tensors
-from lightning_compress.methods.choosing import Chooser, Selection, costs
+from lightning_compress.methods.choosing import Chooser, Ranking, Selection, costs
 from lightning_compress.methods.criteria import activation_terms, score_channels
 from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
 from lightning_compress.methods.refit import Refit
+from lightning_compress.methods.sensitivity import measure_sensitivity, weigh
 
-__all__ = ["Pruning", "plan_channels", "prune_channels"]
+__all__ = ["Pruning", "freeze_kept", "plan_channels", "prune_channels"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def plan_channels(
     stopwatch: Stopwatch | None = None,
     keep: Mapping[str, str] | None = None,
     seed: int = 0,
+    first: Mask | None = None,
+    calibration: Sequence[Call] | None = None,
 ) -> Settled | None:
     """Plan and prove, without touching the network.
 
@@ -61,6 +65,8 @@ def plan_channels(
         stopwatch: what a limit on latency is measured with.
         keep: tensor name -> why none of its channels may go.
         seed: for the criteria that draw.
+        first: classes that go before all others.
+        calibration: what sensitivity is measured on, if `selection` asks for it.
 
     Returns:
         The proved edit; None when there is nothing to cut.
@@ -74,13 +80,16 @@ def plan_channels(
     if ratio is not None and not 0 < ratio < 1:
         raise ValueError(f"`ratio` must be in (0, 1), got {ratio!r}")
     model = coupling.model
-    _exclude(coupling, selection.exclude)
-    for tensor, reason in (keep or {}).items():
-        coupling.freeze([classes for (name, _), classes in coupling.locations.items() if name == tensor], reason)
+    freeze_kept(coupling, selection.exclude, keep)
     if not coupling.groups:
         why = "; ".join(sorted(set(coupling.reasons.values()))[:5])
         raise ValueError(f"there is no channel in this network that could be cut: {why}")
     scores = score_channels(coupling, selection.criterion, saliency, seed)
+    if selection.sensitivity:
+        measured = measure_sensitivity(coupling, scores, calibration or coupling.calls)
+        scores = weigh(coupling, scores, measured, selection.sensitivity)
+    if first is not None:
+        scores[first] -= np.nanmax(scores) - np.nanmin(scores) + 1.0
 
     def propose(targets: Mapping[str, float] | None) -> Settled | None:
         def choose(current: Coupling) -> Mask:
@@ -109,10 +118,11 @@ def prune_channels(
     *,
     ratio: float | None = None,
     criterion: str = "l2",
-    ranking: Literal["global", "layer"] = "global",
+    ranking: Ranking = "global",
     round_to: int = 1,
     exclude: Sequence[str] = (),
     floor: float | None = None,
+    sensitivity: float = 0.0,
     calibration: Sequence[Call] | None = None,
 ) -> Pruning:
     """Remove channels from `model`, in place: planned, proved on a copy, then applied.
@@ -123,10 +133,12 @@ def prune_channels(
         budget: what may be left, in fractions of `model` or absolute.
         ratio: instead of a budget, the fraction of channels to cut (of all, or of each layer: see `ranking`).
         criterion: `l1`, `l2`, `fpgm`, `bn_scale`, `activation`, `lamp` or `random`.
-        ranking: `global` or `layer`.
+        ranking: `global`, `layer` or `isomorphic`, see `Selection`.
         round_to: layers keep multiples of this.
         exclude: patterns of modules whose output channels stay.
         floor: smallest fraction of a layer that stays; by default 0.1 under a budget, 0 with a ratio.
+        sensitivity: power of each layer's sensitivity that its scores are multiplied by; measured on `calibration`, or
+            else on `inputs`, by one run on at most 64 samples for each layer (see `measure_sensitivity`).
         calibration: calls to refit the remaining weights on and to re-estimate BatchNorm with; None: no refit.
 
     Returns:
@@ -145,7 +157,7 @@ def prune_channels(
         ('exact', True)
     """
     least = (Selection.floor if ratio is None else 0.0) if floor is None else floor
-    selection = Selection(criterion, ranking, round_to, tuple(exclude), least)
+    selection = Selection(criterion, ranking, round_to, tuple(exclude), least, sensitivity)
     calls = as_calls(inputs)
     coupling = trace_coupling(model, calls)
     before = costs(coupling)
@@ -153,7 +165,15 @@ def prune_channels(
     clock = {} if stopwatch is None else {"latency": stopwatch.microseconds}
     limits = None if budget is None else budget.limits(before | clock)
     saliency = activation_terms(coupling, calibration or calls) if criterion == "activation" else None
-    settled = plan_channels(coupling, selection, limits=limits, ratio=ratio, saliency=saliency, stopwatch=stopwatch)
+    settled = plan_channels(
+        coupling,
+        selection,
+        limits=limits,
+        ratio=ratio,
+        saliency=saliency,
+        stopwatch=stopwatch,
+        calibration=calibration or calls,
+    )
     if settled is None:
         return Pruning((), "nothing cut", coupling.reasons, {unit: (c, c) for unit, c in before.items()})
     after = costs(coupling, settled.cut)
@@ -163,6 +183,22 @@ def prune_channels(
         refit.apply()
     spent = {unit: (before[unit], after[unit]) for unit in before}
     return Pruning((settled.keep,), settled.proof.kind, coupling.reasons, spent)
+
+
+def freeze_kept(coupling: Coupling, patterns: Sequence[str], keep: Mapping[str, str] | None = None) -> None:
+    """Freeze the channels that were asked to stay.
+
+    Args:
+        coupling: the traced network.
+        patterns: of modules whose output channels stay.
+        keep: tensor name -> why none of its channels may go.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    _exclude(coupling, patterns)
+    for tensor, reason in (keep or {}).items():
+        coupling.freeze([classes for (name, _), classes in coupling.locations.items() if name == tensor], reason)
 
 
 def _exclude(coupling: Coupling, patterns: Sequence[str]) -> None:

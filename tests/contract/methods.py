@@ -83,7 +83,13 @@ def _taught_by_itself(budget: Budget) -> list[L.Callback]:
 METHODS: dict[str, Method] = {
     "channel_pruning": Method(_pruning()),
     "channel_pruning_taylor": Method(_pruning(criterion="taylor", floor=0.0), unit="params", budget=0.4),
-    "channel_pruning_slimming": Method(_pruning(criterion="bn_scale", sparsity=1e-3, ranking="layer"), budget=0.6),
+    "channel_pruning_slimming": Method(
+        _pruning(criterion="bn_scale", regularization="slimming", strength=1e-3, ranking="layer"), budget=0.6
+    ),
+    "channel_pruning_group_norm": Method(
+        _pruning(regularization="group_norm", strength=1e-3, ranking="isomorphic", sensitivity=0.5), budget=0.6
+    ),
+    "channel_pruning_growing": Method(_pruning(regularization="growing"), unit="params"),
     "channel_pruning_self_distilled": Method(_taught_by_itself),
     "distillation": Method(_taught, budget=None),
     "weight_pruning": Method(lambda _: [WeightPruning(0.8, start=1, end=3, steps=2)], budget=None),

@@ -142,7 +142,7 @@ def test_criteria_are_what_their_papers_say() -> None:
             {"criterion": "l3"},
             "must be one of l1, l2, fpgm, .*, lamp, random, got 'l3'",
         ),
-        ({"ranking": "local"}, "'global' or 'layer', got 'local'"),
+        ({"ranking": "local"}, "one of global, layer, isomorphic, got 'local'"),
         ({"round_to": 0}, "at least 1, got 0"),
         ({"exclude": "head"}, "list of patterns"),
         ({"floor": 1.0}, r"\[0, 1\), got 1.0"),

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_compress.callbacks.dry import StopStep, dry_step
 from lightning_compress.calls import Call, batch_size
 
-__all__ = ["Captured", "capture", "find_network"]
+__all__ = ["Captured", "batches", "capture", "find_network", "run_step"]
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def capture(trainer: pl.Trainer, module: pl.LightningModule, network: str | None
     seen = 0
     with isolate_rng():
         torch.manual_seed(0)
-        for batch in _batches(trainer.train_dataloader, samples):
+        for batch in batches(trainer.train_dataloader, samples):
             recorder = _Recorder(module, path)
             with dry_step(module), recorder:
-                _run_step(trainer, module, batch)
+                run_step(trainer, module, batch)
             if not recorder.calls:
                 raise MisconfigurationException(
                     f"{path or type(module).__name__} is never called in `training_step`: call the network (or one of "
@@ -176,12 +176,17 @@ class _ParameterWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _batches(loaders: Any, samples: int) -> Iterator[Any]:
-    """Batches in the structure of the Trainer's loaders, from evenly spaced samples where the data has places."""
+def batches(loaders: Any, samples: int) -> Iterator[Any]:
+    """Batches in the structure of the Trainer's loaders, from evenly spaced samples where the data has places.
+
+    Args:
+        loaders: the Trainer's loader, or loaders.
+        samples: least number of samples in all batches together, if the data has as many.
+    """
     leaves, spec = pytree.tree_flatten(loaders)
     streams = [_loader_batches(loader, samples) for loader in leaves]
-    for batches in zip(*streams, strict=False):
-        yield pytree.tree_unflatten(list(batches), spec)
+    for parts in zip(*streams, strict=False):
+        yield pytree.tree_unflatten(list(parts), spec)
 
 
 def _loader_batches(loader: Any, samples: int) -> Iterator[Any]:
@@ -203,7 +208,20 @@ def _loader_batches(loader: Any, samples: int) -> Iterator[Any]:
         yield loader.collate_fn(fetch_many(chosen) if fetch_many else [dataset[i] for i in chosen])
 
 
-def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+def run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """Run the `training_step` of the module's class on a batch from `batches`, inside of a `dry_step`.
+
+    Args:
+        trainer: the Trainer.
+        module: its LightningModule.
+        batch: a batch as its loader makes it.
+
+    Returns:
+        What the step returns; None where something that would change anything has ended it.
+
+    Raises:
+        MisconfigurationException: the step takes an iterator over the data.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -215,4 +233,5 @@ def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> No
     arguments = (batch, 0) if indexed else (batch,)
     eager = torch.compiler.set_stance("force_eager")
     with trainer.precision_plugin.train_step_context(), eager, contextlib.suppress(StopStep):
-        step(module, *arguments)
+        return step(module, *arguments)
+    return None

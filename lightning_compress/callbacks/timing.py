@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.schedule import Schedule
 
-__all__ = ["Milestone", "milestones", "position"]
+__all__ = ["Milestone", "milestones", "position", "progress"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,9 @@ def position(trainer: pl.Trainer, unit: str) -> float:
     batches = trainer.num_training_batches
     inside = trainer.fit_loop.batch_idx / batches if 0 < batches < math.inf else 0.0
     return trainer.current_epoch + max(0.0, inside)
+
+
+def progress(trainer: pl.Trainer) -> float:
+    """The share of its optimizer steps that a run has made; 0 where their number is not known."""
+    total = trainer.estimated_stepping_batches
+    return trainer.global_step / total if total and math.isfinite(total) else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,26 +12,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.capture import Captured, capture
-from lightning_compress.callbacks.held import HeldWeights
+from lightning_compress.callbacks.losses import visit_losses
+from lightning_compress.callbacks.masked import MaskedWeights, Regrowth
+from lightning_compress.callbacks.timing import progress
 from lightning_compress.edits import ROLES, Edit, named_tensors
 from lightning_compress.methods.calibration import input_norms
-from lightning_compress.methods.sparsity import (
-    ALLOCATIONS,
-    CRITERIA,
-    Pattern,
-    bury,
-    exchange,
-    gather,
-    make_masks,
-    score,
-    silence,
-)
-from lightning_compress.optimizers import states_like
+from lightning_compress.methods.grasp import hessian_gradient
+from lightning_compress.methods.scoring import AT_START, CRITERIA, SIGNED, bury, gather, score
+from lightning_compress.methods.sparsity import ALLOCATIONS, Pattern, make_masks, silence
 
 __all__ = ["WeightPruning"]
 
 
-class WeightPruning(HeldWeights):
+class WeightPruning(MaskedWeights):
     """Set weights to zero during training, and hold them there, until a share of them is gone.
 
     Masks are part of the network's state: they are in checkpoints, and a resumed run has them at once. A pruned weight
@@ -42,7 +34,8 @@ class WeightPruning(HeldWeights):
 
     Args:
         sparsity: share of the prunable weights (of at least two dims) that go; N:M patterns have their own.
-        criterion: `magnitude`, `taylor`, `movement`, `snip`, `wanda` or `random`.
+        criterion: `magnitude`, `taylor`, `movement`, `snip`, `grasp`, `wanda` or `random`; `snip` and `grasp` prune
+            once, before the first step.
         pattern: `unstructured`, `kernel`, `block:AxB`, or N:M as `2:4`.
         allocation: `global`, `uniform`, `erk` or `lamp`.
         start: when the first weights go: a float is a fraction of training, an integer an epoch.
@@ -58,7 +51,7 @@ class WeightPruning(HeldWeights):
             1607.04381): a fraction of training after `end`; None: never.
         floor: least share of each tensor that stays.
         exclude: patterns of parameter or module names that stay as they are.
-        samples: number of calibration samples, for `wanda`.
+        samples: number of training samples, for `wanda` and `grasp`.
         network: dotted name of the network inside the LightningModule; by default it is found.
 
     Raises:
@@ -70,7 +63,6 @@ class WeightPruning(HeldWeights):
         ValueError: `pattern` must be unstructured, kernel, block:AxB or N:M, e.g. 2:4, got '4:2'
     """
 
-    role: ClassVar[str] = "mask"
     origin: ClassVar[str] = "weight_pruning"
 
     def __init__(
@@ -108,10 +100,12 @@ class WeightPruning(HeldWeights):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}")
         if release is not None and (not isinstance(release, float) or not 0 < release <= 1):
             raise ValueError(f"`release` must be a fraction of training in (0, 1], got {release!r}")
-        if criterion == "snip" and (start != 0 or (steps > 1 and schedule != "one_shot")):
-            raise ValueError('criterion="snip" prunes once, before the first step: give start=0.0, schedule="one_shot"')
-        if criterion == "movement" and allocation == "lamp":
-            raise ValueError("allocation='lamp' compares sizes, and the scores of criterion='movement' have signs")
+        if criterion in AT_START and (start != 0 or (steps > 1 and schedule != "one_shot")):
+            raise ValueError(
+                f"criterion={criterion!r} prunes once, before the first step: give start=0.0, schedule='one_shot'"
+            )
+        if criterion in SIGNED and allocation == "lamp":
+            raise ValueError(f"allocation='lamp' compares sizes, and the scores of criterion={criterion!r} have signs")
         if criterion in ("taylor", "movement") and start == 0:
             raise ValueError(
                 f"criterion={criterion!r} gathers gradients before the first edit: `start` must be after 0"
@@ -121,17 +115,24 @@ class WeightPruning(HeldWeights):
         if schedule == "one_shot":
             steps = self.steps = 1
         self.sparsity, self.criterion, self.allocation = float(sparsity), criterion, allocation
-        self.rewind, self.regrow, self.every, self.release = rewind, float(regrow), every, release
+        self.rewind, self.release, self.regrowth = rewind, release, Regrowth(float(regrow), every, self.end)
         self.floor, self.samples = float(floor), samples
         self._gathered: dict[str, Tensor] = {}
         self._initial: dict[str, Tensor] = {}
         self._pending = False  # masks wait for the first gradients
-        self._released = False
         self._scores: dict[str, Tensor] = {}
-        self._dead: list[Tensor] = []
         self._amount = 0.0
 
     # What the base asks.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See `CompressionCallback`."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.criterion == "grasp" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "criterion='grasp' differentiates the loss that `training_step` returns, and "
+                f"{type(pl_module).__name__} has automatic_optimization=False: use criterion='snip'"
+            )
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """See `CompressionCallback`."""
@@ -151,6 +152,10 @@ class WeightPruning(HeldWeights):
         captured = capture(trainer, pl_module, self.network, self.samples if wanda else 1)
         chosen, left = self.choose(captured.network)
         self._pending = self.criterion == "snip"
+        if self.criterion == "grasp":
+            products = hessian_gradient(chosen, lambda see: visit_losses(trainer, pl_module, self.samples, see))
+            # Sums over a batch may differ in their last bits from rank to rank: it is rank 0's that count.
+            self._gathered = trainer.strategy.broadcast({name: value.cpu() for name, value in products.items()})
         if not self._pending:
             norms = input_norms(captured.network, captured.calibration) if wanda else {}
             masks = {name: mask for name, _, mask in self.held(captured.network)}
@@ -169,7 +174,7 @@ class WeightPruning(HeldWeights):
             return
         masks = make_masks(self._scores, self.sparsity, self.pattern, self.allocation, self.floor, self._amount)
         self._scores = {}
-        self._set_masks(trainer, network, masks)
+        self.set_masks(trainer, network, masks)
         if self._amount >= 1.0:
             self._gathered = {}
         if self.rewind:
@@ -177,7 +182,7 @@ class WeightPruning(HeldWeights):
 
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather gradients where the criterion needs them; take the gradients of dead weights away."""
-        if self._released:
+        if self.lifted:
             return
         network = self.target(pl_module)
         if self.done < 1.0 and self.criterion in ("taylor", "movement"):
@@ -193,21 +198,21 @@ class WeightPruning(HeldWeights):
                 if weight.grad is not None
             }
             masks = make_masks(scores, self.sparsity, self.pattern, self.allocation, self.floor)
-            self._set_masks(trainer, network, masks)
+            self.set_masks(trainer, network, masks)
             self._pending = False
-        if self._exchanges(trainer):
-            self._exchange(trainer, network)
-        silence((weight.grad for _, weight, _ in self.held(network)), self._graves(network))
+        if self.done >= 1.0 and self.regrowth.due(trainer):
+            self.exchange(trainer, network, self.regrowth.now(trainer))
+        silence((weight.grad for _, weight, _ in self.held(network)), self.graves(network))
 
     # The life.
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`; masks are lifted when it is time for that."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.release is not None and not self._released and _progress(trainer) >= self.release:
+        if self.release is not None and not self.lifted and progress(trainer) >= self.release:
             if self.done < 1.0:
                 raise MisconfigurationException(f"`release`={self.release} comes before the last weights have gone")
-            self._released = True
+            self.lifted = True
             rank_zero_info(f"WeightPruning: masks are lifted at epoch {trainer.current_epoch}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,36 +222,23 @@ class WeightPruning(HeldWeights):
             "gathered": dict(self._gathered),
             "initial": dict(self._initial),
             "pending": self._pending,
-            "released": self._released,
+            "released": self.lifted,
+            "asked": [self.sparsity, self.pattern.name],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state_dict)
         self._gathered, self._initial = dict(state_dict["gathered"]), dict(state_dict["initial"])
-        self._pending, self._released = state_dict["pending"], state_dict["released"]
+        self._pending, self.lifted = state_dict["pending"], state_dict["released"]
+        if state_dict["asked"] != [self.sparsity, self.pattern.name]:
+            self.done, self._pending, self.lifted = 0.0, False, False  # what is due by now is still to be done
 
     # Weights and masks.
 
     def refuses(self, name: str, weight: Tensor) -> str | None:
         """See `HeldWeights`."""
         return self.pattern.refuses(weight)
-
-    def changed(self) -> None:
-        """See `HeldWeights`."""
-        super().changed()
-        self._dead = []
-
-    def hold(self, network: nn.Module) -> None:
-        """See `HeldWeights`: dead weights are zero."""
-        if not self._released:
-            silence((weight for _, weight, _ in self.held(network)), self._graves(network))
-
-    def _graves(self, network: nn.Module) -> list[Tensor]:
-        """Where weights are dead."""
-        if not self._dead:
-            self._dead = [mask == 0 for _, _, mask in self.held(network)]
-        return self._dead
 
     def _score(self, name: str, weight: Tensor, norm: Tensor | None) -> Tensor:
         seed = sum(map(ord, name)) + int(1000 * self.done)  # another draw at each edit, the same on every rank
@@ -256,26 +248,6 @@ class WeightPruning(HeldWeights):
             raise MisconfigurationException(f"{name}: {error}") from error
 
     @torch.no_grad()
-    def _set_masks(self, trainer: pl.Trainer, network: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        gone = total = 0
-        for name, weight, mask in self.held(network):
-            if name not in masks:
-                mask.fill_(1)
-                continue
-            mask.copy_(masks[name])
-            gone, total = gone + int((mask == 0).sum()), total + mask.numel()
-            self._forget(trainer, weight, mask)
-        self.changed()
-        self.hold(network)
-        rank_zero_info(f"WeightPruning: {gone / max(total, 1):.2%} of {total:,} weights are zero")
-
-    @staticmethod
-    def _forget(trainer: pl.Trainer, weight: nn.Parameter, mask: Tensor) -> None:
-        """Dead weights have no momentum."""
-        for value in states_like(trainer.optimizers, weight):
-            silence([value], [mask == 0])
-
-    @torch.no_grad()
     def _go_back(self, trainer: pl.Trainer, network: nn.Module) -> None:
         for name, value in named_tensors(network):
             if name in self._initial and self._initial[name].shape == value.shape:
@@ -283,29 +255,3 @@ class WeightPruning(HeldWeights):
         self.hold(network)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
-
-    # RigL.
-
-    def _exchanges(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        due = bool(self.regrow and self.done >= 1.0 and step and step % self.every == 0)
-        return due and _progress(trainer) < self._until(trainer)
-
-    def _until(self, trainer: pl.Trainer) -> float:
-        return self.end if isinstance(self.end, float) else self.end / (trainer.max_epochs or math.inf)
-
-    @torch.no_grad()
-    def _exchange(self, trainer: pl.Trainer, network: nn.Module) -> None:
-        """The smallest of the living weights die; of the dead ones, those with the largest gradients live."""
-        share = self.regrow / 2 * (1 + math.cos(math.pi * _progress(trainer) / self._until(trainer)))
-        for _, weight, mask in self.held(network):
-            if weight.grad is not None:
-                exchange(weight.detach(), mask, weight.grad, share)
-                self._forget(trainer, weight, mask)
-        self.changed()
-        self.hold(network)
-
-
-def _progress(trainer: pl.Trainer) -> float:
-    total = trainer.estimated_stepping_batches
-    return trainer.global_step / total if total and math.isfinite(total) else 0.0

@@ -1,7 +1,7 @@
-"""Which weights go: patterns, allocations and criteria of weight pruning, as pure functions on scores.
+"""Which weights go: patterns and allocations of weight pruning, as pure functions on scores.
 
-A criterion scores every weight; a pattern says which weights are pruned together; an allocation shares a sparsity out
-over layers. Masks are made of all three, with exactly as many zeros as were asked for, up to the size of a group.
+A criterion scores every weight (`scoring`); a pattern says which weights are pruned together; an allocation shares a
+sparsity out over layers. Masks are made of all three, with as many zeros as were asked for, up to the size of a group.
 """
 
 from __future__ import annotations
@@ -16,89 +16,17 @@ from torch import Tensor
 
 __all__ = [
     "ALLOCATIONS",
-    "CRITERIA",
-    "GATHERED",
     "Pattern",
-    "bury",
     "exchange",
-    "gather",
     "lamp",
     "make_masks",
-    "score",
     "silence",
 ]
-
-CRITERIA = ("magnitude", "taylor", "movement", "snip", "wanda", "random")
-"""magnitude: |w| (Han et al. 2015, arXiv 1506.02626). taylor: squared first-order change of the loss, (w g)^2, summed
-over steps (Molchanov et al. 2019, arXiv 1906.10771). movement: how far weights move away from zero, the sum of -w g
-(Sanh et al. 2020, arXiv 2005.07683). snip: |w g| on the first batch, before the first step (Lee et al. 2019, arXiv
-1810.02340). wanda: |w| times the norm of the input that it meets (Sun et al. 2023, arXiv 2306.11695). random: as a
-baseline."""
-
-GATHERED = ("taylor", "movement", "snip")
-"""Those that are summed up from gradients."""
 
 ALLOCATIONS = ("global", "uniform", "erk", "lamp")
 """global: all weights compete. uniform: every layer has the same sparsity. erk: Erdos-Renyi-Kernel, small layers stay
 denser (Evci et al. 2020, arXiv 1911.11134). lamp: all compete by their score relative to those above it in their layer
 (Lee et al. 2021, arXiv 2010.07611)."""
-
-
-def gather(criterion: str, weight: Tensor, gradient: Tensor, before: Tensor | None) -> Tensor:
-    """Add a step's gradient to the scores of a criterion in `GATHERED`.
-
-    Args:
-        criterion: its name.
-        weight: the weight.
-        gradient: of the loss.
-        before: the sum so far; None at first.
-    """
-    change = (weight.detach() * gradient.detach()).float().nan_to_num(0.0, 0.0, 0.0)  # of steps that are skipped
-    term = {"taylor": change.square(), "movement": -change, "snip": change.abs()}[criterion]
-    return term if before is None else before + term
-
-
-def score(
-    criterion: str, weight: Tensor, norm: Tensor | None = None, gathered: Tensor | None = None, seed: int = 0
-) -> Tensor:
-    """How much each weight matters; larger ones stay.
-
-    Args:
-        criterion: one of `CRITERIA`.
-        weight: the weight.
-        norm: for `wanda`, that of each input; None: they count alike.
-        gathered: for those in `GATHERED`, the sum over steps.
-        seed: for `random`.
-
-    Raises:
-        ValueError: nothing was gathered for this weight.
-
-    Example:
-        >>> score("wanda", torch.tensor([[1.0, -2.0]]), norm=torch.tensor([3.0, 1.0]))
-        tensor([[3., 2.]])
-    """
-    size = weight.detach().abs().float()
-    if criterion == "random":
-        return torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)).to(size.device)
-    if criterion == "wanda" and norm is not None:
-        return size * norm.view(1, -1, *[1] * (size.dim() - 2))
-    if criterion in GATHERED:
-        if gathered is None or gathered.shape != weight.shape:
-            raise ValueError("no gradient has reached it before the first edit")
-        return gathered.to(size.device)
-    return size
-
-
-def bury(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same scores with those of dead weights below all others; where no score is negative, zero is.
-
-    Args:
-        scores: name -> scores.
-        masks: name -> where weights are alive; of those that have a mask already.
-    """
-    least = min((float(value.min()) for value in scores.values()), default=0.0)
-    lowest = least - 1.0 if least < 0 else 0.0
-    return {n: torch.where(masks[n].bool(), value, lowest) if n in masks else value for n, value in scores.items()}
 
 
 @torch.no_grad()

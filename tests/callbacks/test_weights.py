@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress import Budget, ChannelPruning, LowRankFactorization, WeightPruning
 from lightning_compress.artifact import artifact_bytes, load_compressed, save_compressed
 from lightning_compress.edits import Companions, companion, history
+from lightning_compress.methods.sparsity import Pattern, make_masks
 from tests.contract.runs import EPOCHS, Task, data, fit, task, trainer
 
 LIFE: dict[str, Any] = {"start": 1, "end": 3, "steps": 3, "floor": 0.0}
@@ -22,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor"},
     "movement": {"criterion": "movement", "schedule": "linear"},
     "snip": {"criterion": "snip", "start": 0.0, "schedule": "one_shot"},
+    "grasp": {"criterion": "grasp", "start": 0.0, "schedule": "one_shot", "samples": 32},
     "wanda": {"criterion": "wanda", "allocation": "uniform"},
     "random": {"criterion": "random", "allocation": "erk"},
     "lamp": {"allocation": "lamp", "pattern": "block:2x2"},
@@ -247,11 +249,13 @@ def test_another_network_is_left_alone(tmp_path: Path) -> None:
     [
         ({"sparsity": 1.0}, r"`sparsity` must be a share in \[0, 1\), got 1\.0"),
         ({"sparsity": 0.0}, "`sparsity` must be above 0"),
-        ({"criterion": "size"}, "`criterion` must be one of magnitude, taylor, movement, snip, wanda, random"),
+        ({"criterion": "size"}, "`criterion` must be one of magnitude, taylor, movement, snip, grasp, wanda, random"),
         ({"allocation": "even"}, "`allocation` must be one of global, uniform, erk, lamp"),
         ({"criterion": "taylor"}, "`start` must be after 0"),
         ({"criterion": "snip", "start": 1}, "prunes once, before the first step"),
+        ({"criterion": "grasp", "steps": 3}, "criterion='grasp' prunes once, before the first step"),
         ({"criterion": "movement", "start": 1, "allocation": "lamp"}, "have signs"),
+        ({"criterion": "grasp", "schedule": "one_shot", "allocation": "lamp"}, "have signs"),
         ({"regrow": 0.3, "pattern": "2:4"}, "`regrow` goes with pattern='unstructured'"),
         ({"release": 1}, "`release` must be a fraction"),
         ({"every": 0}, "`every` must be an integer of at least 1"),
@@ -342,3 +346,110 @@ def test_a_network_of_its_own(tmp_path: Path) -> None:
     module = Task(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)))
     fit(module, tmp_path, pruning({"pattern": "block:4x4"}))
     assert zeros(module) == pytest.approx(0.8, abs=0.03)
+
+
+class Dropping(Task):
+    """Dropout, a log and a dict: all that a step may do on the way to its loss."""
+
+    def __init__(self) -> None:
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(144, 4)
+        )
+        super().__init__(net)
+        self.calls: list[int] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.calls.append(len(batch[0]))
+        return {"loss": super().training_step(batch, batch_idx)}
+
+
+def test_grasp_prunes_by_exact_second_derivatives_and_leaves_no_trace(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Dropping()
+    module.net[3].p = 0.0
+    weights = {name: p for name, p in module.net.named_parameters() if p.dim() >= 2}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    images, labels = next(iter(data(64)))
+    loss = nn.functional.cross_entropy(module.net(images), labels)
+    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    products = torch.autograd.grad(sum((g * g.detach()).sum() for g in gradients), list(weights.values()))
+    scores = {name: w.detach() * h for (name, w), h in zip(weights.items(), products, strict=True)}
+    expected = make_masks(scores, 0.8, Pattern("unstructured"))
+    module.load_state_dict(before)
+    seen: list[Any] = []
+
+    class Look(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.random = torch.get_rng_state()
+
+        def after_edits(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            state = pl_module.state_dict()
+            assert torch.equal(self.random, torch.get_rng_state())
+            assert all(p.grad is None for p in pl_module.parameters())
+            assert pl_module.calls == []
+            for name, value in before.items():
+                alive = state.get(f"{name}_mask", torch.ones(()))
+                assert torch.equal(state[name], value.masked_fill(alive == 0, 0.0)), name
+            seen.append({name: mask.bool().clone() for name, (_, mask) in masked(pl_module).items()})
+
+    options = {"criterion": "grasp", "start": 0, "end": 0, "schedule": "one_shot", "samples": 64}
+    running = trainer(tmp_path, Look(), pruning(options), max_epochs=1)
+    running.fit(module, data(64), data(64))
+    [masks] = seen
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+def test_grasp_with_dropout_draws_alike_in_both_passes(tmp_path: Path) -> None:
+    """Two runs that stand at other random numbers prune the same weights."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        module = Dropping()
+        torch.manual_seed(seed)
+        options = {"criterion": "grasp", "start": 0, "end": 0, "schedule": "one_shot", "samples": 32}
+        fit(module, tmp_path / str(seed), pruning(options), max_epochs=1)
+        found.append({name: mask for name, (_, mask) in masked(module).items()})
+    assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def test_grasp_needs_a_loss_that_is_returned(tmp_path: Path) -> None:
+    class Manual(Task):
+        automatic_optimization = False
+
+    class Mute(Task):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.net(batch[0])
+
+    options = {"criterion": "grasp", "start": 0.0, "schedule": "one_shot"}
+    for kind, message in (
+        (Manual, "Manual has automatic_optimization=False: use criterion='snip'"),
+        (Mute, "got None"),
+    ):
+        module = kind(task("plain").net)
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(module, tmp_path, pruning(options))
+        assert not masked(module)
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [({"sparsity": 0.9}, 0.9), ({"sparsity": 0.5}, 0.5), ({"options": {"pattern": "2:4"}}, 0.5)],
+)
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_resumed_run_may_ask_for_something_else(
+    epoch: int, then: dict[str, Any], expected: float, tmp_path: Path
+) -> None:
+    """What is due by now is done at once, the rest when it is due."""
+    first, watch, module = task("residual"), Watch(), task("residual")
+    fit(first, tmp_path / "a", pruning())
+    assert zeros(first) == pytest.approx(0.8, abs=0.02)
+    fit(module, tmp_path / "b", pruning(**then), watch, ckpt=tmp_path / f"a/epoch={epoch}.ckpt")
+    if "options" in then:
+        found = [(w, m) for w, m in masked(module).values() if w.shape[1] % 4 == 0]
+        assert all(int((m == 0).sum()) == m.numel() // 2 for _, m in found)
+        assert sum(m.numel() for _, m in masked(module).values()) > sum(m.numel() for _, m in found)
+    else:
+        assert zeros(module) == pytest.approx(expected, abs=0.02)
+        assert watch.zeros[-1] == pytest.approx(expected, abs=0.02)
+    assert len(watch.zeros) == 4 * (EPOCHS - 1 - epoch)

@@ -93,6 +93,9 @@ METHODS: dict[str, Method] = {
     "channel_pruning_self_distilled": Method(_taught_by_itself),
     "distillation": Method(_taught, budget=None),
     "weight_pruning": Method(lambda _: [WeightPruning(0.8, start=1, end=3, steps=2)], budget=None),
+    "weight_pruning_grasp": Method(
+        lambda _: [WeightPruning(0.8, "grasp", start=0.0, schedule="one_shot", samples=32)], budget=None
+    ),
     "weight_sharing": Method(lambda _: [WeightSharing(4, start=2)], budget=None),
     "deep_compression": Method(
         lambda _: [Distillation("self"), WeightPruning(0.8, start=1, end=1, steps=1), WeightSharing(3, start=3)],

@@ -84,7 +84,7 @@ def test_defaults_in_yaml_are_those_of_the_callback(option: str) -> None:
         {"decomposition", "operator", "options", "budget"} if "_" in option else set()
     )
     if option.startswith("channel_pruning_"):
-        chosen |= {"ranking", "regularization", "start", "steps"}
+        chosen |= {"criterion", "ranking", "regularization", "start", "steps"}
     if option.startswith("weight_pruning_"):
         chosen |= {"pattern", "criterion", "allocation", "schedule", "end", "regrow"}
     if option.startswith("low_bit_weights_"):

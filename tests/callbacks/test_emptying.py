@@ -198,6 +198,57 @@ def test_another_methods_edit_in_between_marks_anew(tmp_path: Path) -> None:
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("regularization", ["group_norm", "growing"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"max_epochs": -1, "max_steps": 14},
+        {"precision": "bf16-true"},
+        {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
+        {"fast_dev_run": True},
+        {"limit_train_batches": 2, "limit_val_batches": 0},
+    ],
+)
+def test_in_every_kind_of_run(options: dict[str, Any], regularization: str, tmp_path: Path) -> None:
+    module = task("residual")
+    life = {"start": 0.1, "end": 0.6} if "fast_dev_run" in options else {}
+    fit(module, tmp_path, pruning(regularization=regularization, **life), **options)
+    inputs = X.to(next(module.net.parameters()).dtype)
+    assert 0.45 < measure(module.net, inputs).macs / measure(Residual(), X).macs <= 0.5
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_the_pull_grows_to_its_strength_half_way(unit: str, tmp_path: Path) -> None:
+    class Still(Task):
+        """Weights that do not move: what is added to gradients is the pull alone."""
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    class Look(L.Callback):
+        def __init__(self) -> None:
+            self.pulls: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            self.gradient = pl_module.net.b[0][0].weight.grad.clone()
+
+    class After(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            weight = pl_module.net.b[0][0].weight
+            ratio = (weight.grad - look.gradient).norm() / weight.norm()
+            look.pulls.append(float(ratio.detach()))
+
+    torch.manual_seed(0)
+    look, length = Look(), {"max_epochs": -1, "max_steps": 20} if unit == "step" else {}
+    callback = pruning(regularization="growing", start=4, end=4, steps=1, strength=0.5)
+    fit(Still(Residual()), tmp_path, look, callback, After(), **length)
+    found = np.array(look.pulls[:16]) / look.pulls[15]
+    assert np.allclose(found, np.minimum(1.0, np.arange(16) / 8), atol=1e-3)
+    assert not any(look.pulls[16:])
+    assert len(look.pulls) == 20
+
+
 @pytest.mark.parametrize("options", [{"sensitivity": 1.0}, {"sensitivity": 0.5, "ranking": "isomorphic"}])
 def test_sensitivity_in_a_run(options: dict[str, Any], tmp_path: Path) -> None:
     module = task("residual")

@@ -15,7 +15,7 @@ from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture, find_network
 from lightning_compress.callbacks.emptying import Emptying, Marked
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
-from lightning_compress.edits import Edit, history
+from lightning_compress.edits import Companions, Edit, history
 from lightning_compress.methods.choosing import Ranking, Selection, costs
 from lightning_compress.methods.criteria import GATHERED, activation_terms, gradient_terms
 from lightning_compress.methods.measured import Stopwatch
@@ -148,8 +148,8 @@ class ChannelPruning(CompressionCallback):
         edits: Sequence[Edit],
         frozen: Mapping[str, str],
     ) -> None:
-        """What is known of the network's structure is out of date, whoever changed it."""
-        if edits:
+        """What is known of the network's structure is out of date, whoever changed it; masks beside weights do not."""
+        if any(not isinstance(edit, Companions) for edit in edits):
             self._forget_structure()
 
     # Between edits.

@@ -198,6 +198,13 @@ def test_another_methods_edit_in_between_marks_anew(tmp_path: Path) -> None:
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+def test_masks_that_come_at_the_same_time_forget_nothing(tmp_path: Path) -> None:
+    module = task("residual")
+    weights = WeightPruning(0.3, start=1, end=1, steps=1)
+    fit(module, tmp_path, weights, pruning(criterion="taylor"))
+    assert measure(module.net, X).macs <= 0.5 * measure(Residual(), X).macs
+
+
 @pytest.mark.parametrize("regularization", ["group_norm", "growing"])
 @pytest.mark.parametrize(
     "options",

@@ -53,7 +53,8 @@ class ChannelPruning(CompressionCallback):
             before they are clipped.
         strength: of that; by default what `REGULARIZATIONS` has for it.
         sensitivity: power of each layer's sensitivity that its scores are multiplied by, so that layers lose less that
-            the outputs depend on; measured before each edit, by one run on at most 64 samples for each layer.
+            the outputs depend on; 0.1 is gentle. Measured before each edit, by one run on at most 64 samples for each
+            layer.
         network: dotted name of the network inside the LightningModule; by default it is found.
 
     Raises:

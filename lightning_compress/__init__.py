@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_compress.methods.filters import compact_filters
     from lightning_compress.methods.pruning import prune_channels
     from lightning_compress.methods.reparameterization import expand, reparameterize
+    from lightning_compress.methods.semi_structured import use_sparse_kernels
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "prune_channels",
     "reparameterize",
     "save_compressed",
+    "use_sparse_kernels",
 ]
 
 # Names load where they are first used (PEP 562): whoever only loads an artifact pays for no Trainer.
@@ -85,6 +87,7 @@ _HOMES = {
     "prune_channels": "lightning_compress.methods.pruning",
     "reparameterize": "lightning_compress.methods.reparameterization",
     "save_compressed": "lightning_compress.artifact",
+    "use_sparse_kernels": "lightning_compress.methods.semi_structured",
 }
 
 

@@ -19,6 +19,7 @@ from lightning_compress.edits import ROLES, Edit, named_tensors
 from lightning_compress.methods.calibration import input_norms
 from lightning_compress.methods.grasp import hessian_gradient
 from lightning_compress.methods.scoring import AT_START, CRITERIA, SIGNED, bury, gather, score
+from lightning_compress.methods.semi_structured import sparse_layers
 from lightning_compress.methods.sparsity import ALLOCATIONS, Pattern, make_masks, silence
 
 __all__ = ["WeightPruning"]
@@ -214,6 +215,18 @@ class WeightPruning(MaskedWeights):
                 raise MisconfigurationException(f"`release`={self.release} comes before the last weights have gone")
             self.lifted = True
             rank_zero_info(f"WeightPruning: masks are lifted at epoch {trainer.current_epoch}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `CompressionCallback`; 2:4 is for kernels that not every machine has: say which layers have one here."""
+        super().on_train_end(trainer, pl_module)
+        if self.pattern.keep == (2, 4):
+            reasons = sparse_layers(self.target(pl_module))
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+            fast = sum(reason is None for reason in reasons.values())
+            rank_zero_info(
+                f"WeightPruning: {fast} of {len(reasons)} layers with 2:4 weights have sparse kernels here; "
+                f"`use_sparse_kernels` puts them to use{f'. Dense: {why}' if why else ''}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, and what masks do not tell."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-__all__ = ["SparseKernels", "is_two_four", "use_sparse_kernels"]
+__all__ = ["SparseKernels", "is_two_four", "sparse_layers", "use_sparse_kernels"]
 
 _CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores (Ampere)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -44,6 +44,27 @@ def is_two_four(weight: Tensor) -> bool:
     return bool((alive <= 2).all())
 
 
+def sparse_layers(model: nn.Module) -> dict[str, str | None]:
+    """The layers whose weights are 2:4 sparse.
+
+    Args:
+        model: the network, where it is to run and in the precision in which it is to run.
+
+    Returns:
+        Name -> why no sparse kernel can multiply by its weight; None where one can.
+
+    Example:
+        >>> sparse_layers(nn.Linear(4, 4))
+        {}
+    """
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and is_two_four(weight):
+            found[name] = _refused(module, weight)
+    return found
+
+
 @torch.no_grad()
 def use_sparse_kernels(model: nn.Module) -> SparseKernels:
     """Let linear layers whose weights are 2:4 sparse multiply by sparse tensor cores, in place, for inference.
@@ -69,23 +90,21 @@ def use_sparse_kernels(model: nn.Module) -> SparseKernels:
         {'0': 'cpu has no kernels for 2:4 sparsity: a GPU with compute capability 8.0 or above is needed'}
     """
     converted, left = [], {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or not is_two_four(weight):
-            continue
-        reason = _refused(module, weight)
-        if reason is None:
-            try:
-                sparse = to_sparse_semi_structured(weight.detach().contiguous())
-            except RuntimeError as error:  # sizes that are no multiples of the kernel's, which differ by library
-                reason = f"torch refuses: {error}"
-            else:
-                module.weight = nn.Parameter(sparse, requires_grad=False)
-                converted.append(name)
-                continue
-        left[name] = reason
-    if not converted and not left:
+    found = sparse_layers(model)
+    if not found:
         raise ValueError('no weight of this network is 2:4 sparse: prune with WeightPruning(pattern="2:4") first')
+    for name, reason in found.items():
+        if reason is not None:
+            left[name] = reason
+            continue
+        layer = model.get_submodule(name)
+        try:
+            sparse = to_sparse_semi_structured(layer.get_parameter("weight").detach().contiguous())
+        except RuntimeError as error:  # sizes that are no multiples of the kernel's, which differ by library
+            left[name] = f"torch refuses: {error}"
+        else:
+            layer.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
+            converted.append(name)
     return SparseKernels(tuple(converted), left)
 
 

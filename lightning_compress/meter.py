@@ -1,7 +1,13 @@
-"""What a network does while it runs: whose operation it is, what it multiplies, what memory it takes."""
+"""What a network does while it runs: whose operation it is, what it multiplies, what memory it takes.
+
+Torch's counter has a formula for each product; here are those that it lacks. A complex multiplication is four real
+ones. A Fourier transform of n complex numbers is 5 n log2(n) operations, of real ones half of that: the usual figure of
+FFTs, and a multiply-accumulate is two operations.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections import Counter
@@ -13,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lightning_compress.calls import Call
 from lightning_compress.edits import named_tensors
 
-__all__ = ["Meter"]
+__all__ = ["COMPLEX", "Meter", "fft_macs"]
+
+COMPLEX = 4
+"""Real multiplications in a complex one."""
 
 # Operations that make or move data without arithmetic; views are recognised by themselves.
 _MOVES = re.compile(
@@ -136,11 +145,46 @@ def _added_batch_flops(_: Any, left: Sequence[int], right: Sequence[int], *__: A
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
+def fft_macs(numbers: int, length: int, real: bool = True) -> float:
+    """Multiply-accumulates of Fourier transforms.
+
+    Args:
+        numbers: how many numbers are transformed in all.
+        length: of one transform.
+        real: whether they are real on one side.
+    """
+    return (1.25 if real else 2.5) * numbers * math.log2(max(length, 1))
+
+
+def _fft_flops(x: Tensor, dims: Sequence[int], *_: Any, out_val: Tensor, **__: Any) -> int:
+    whole = out_val if x.is_complex() else x  # of a real transform, the side that has all numbers
+    length = math.prod(whole.shape[dim] for dim in dims)
+    return round(2 * fft_macs(whole.numel(), length, real=not (x.is_complex() and out_val.is_complex())))
+
+
+def _complex_too(product: Any) -> Callable[..., int]:
+    def flops(*args: Any, **kwargs: Any) -> int:
+        found: int = flop_registry[product](*args, **kwargs)
+        return found * (COMPLEX if any(isinstance(a, Tensor) and a.is_complex() for a in args) else 1)
+
+    return _raw(flops)
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that is given tensors instead of shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+_aten = torch.ops.aten
+
 # Products that torch has no formula for: without a batch dim, `linear` and `@` end here.
 _FORMULAS = {
-    torch.ops.aten.mv: _vector_flops,
-    torch.ops.aten.dot: _vector_flops,
-    torch.ops.aten.vdot: _vector_flops,
-    torch.ops.aten.addmv: _added_vector_flops,
-    torch.ops.aten.addbmm: _added_batch_flops,
+    **{product: _complex_too(product) for product in (_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm)},
+    **{transform: _raw(_fft_flops) for transform in (_aten._fft_r2c, _aten._fft_c2r, _aten._fft_c2c)},
+    _aten.mv: _vector_flops,
+    _aten.dot: _vector_flops,
+    _aten.vdot: _vector_flops,
+    _aten.addmv: _added_vector_flops,
+    _aten.addbmm: _added_batch_flops,
 }

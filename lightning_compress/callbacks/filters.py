@@ -16,17 +16,18 @@ __all__ = ["CompactFilters"]
 
 
 class CompactFilters(LayerReplacement):
-    """Replace convolutions during training by those of compact architectures, made from the trained weights.
+    """Replace layers during training by those of compact architectures, made from the trained weights.
 
     Each new layer is fitted in closed form to give the old one's outputs on calibration data, one layer after another
     on what those before it give; nothing is trained from scratch. The rest of training recovers;
     `Distillation(teacher="self")` beside it helps.
 
     Args:
-        operator: what layers become: `depthwise_separable`, `ghost`, `fire`, `grouped_shuffle`, `crelu`, `rotated`.
+        operator: what layers become: `depthwise_separable`, `ghost`, `fire`, `grouped_shuffle`, `crelu`, `rotated`,
+            `circulant`, `hashed`; the last two are for linear layers, too.
         budget: replace no more layers than this needs, those first that lose least for what they save; None: all that
             get cheaper.
-        options: of the operator, see `compact_form`: `rank`, `ratio`, `groups`, ...
+        options: of the operator, see `compact_form`: `rank`, `ratio`, `groups`, `block`, ...
         init: where new weights come from: `data`, `weights` or `random`.
         samples: number of calibration samples.
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.

@@ -128,6 +128,10 @@ class LayerReplacement(CompressionCallback):
             f"{type(self).__name__}: {len(planned)} layers; relative error of their outputs on calibration data: "
             f"mean {sum(errors.values()) / len(errors):.3f}, largest {errors[worst]:.3f} at {worst}"
         )
+        if not planner.computes_less(planned):
+            rank_zero_info(
+                f"{type(self).__name__}: these layers are smaller, and compute as much as before: not faster"
+            )
 
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""

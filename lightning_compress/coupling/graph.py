@@ -16,6 +16,7 @@ from lightning_compress.coupling.labels import KERNEL, Vector
 from lightning_compress.coupling.trace import Tracer, module_stack
 from lightning_compress.edits import Attribute, Keep
 from lightning_compress.quiet import undisturbed
+from lightning_compress.structured import Circulant
 
 __all__ = ["Coupling", "Group", "Location", "Mask", "trace_coupling"]
 
@@ -63,7 +64,7 @@ class Coupling:
         self.locations = self._incidence()
         self.groups = self._build_groups()
         batch = batch_size(self.calls)
-        spent = [(cost.constant / batch, cost.vectors) for cost in tracer.costs]
+        spent = [(cost.constant / (1 if cost.once else batch), cost.vectors) for cost in tracer.costs]
         self._macs = Products(self.classes, self.count, spent)
         sizes = list({id(t): (t, labels) for t, labels in self._tensors.values()}.values())
         weights = [(t, labels) for t, labels in sizes if isinstance(t, nn.Parameter)]
@@ -209,6 +210,8 @@ def _sizes_of(module: nn.Module, weight: tuple[int, ...] | None, groups: Any) ->
     if isinstance(module, nn.modules.conv._ConvNd):
         inner, outer = (weight[0], weight[1] * groups) if module.transposed else (weight[1] * groups, weight[0])
         return {"in_channels": inner, "out_channels": outer}
+    if isinstance(module, Circulant):  # cut by whole blocks
+        return {"in_channels": weight[1] * module.block * groups, "out_channels": weight[0] * module.block}
     if isinstance(module, nn.Linear):
         return {"in_features": weight[1], "out_features": weight[0]}
     if isinstance(module, nn.modules.batchnorm._NormBase):

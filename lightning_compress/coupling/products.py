@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.coupling.labels import KERNEL, Labels, Vector
 from lightning_compress.coupling.rules import rule, size
 from lightning_compress.coupling.trace import Op, Tracer
+from lightning_compress.meter import COMPLEX, fft_macs
 
 __all__: list[str] = []
 
@@ -108,7 +109,7 @@ def matmul(tracer: Tracer, op: Op) -> Sequence[Labels]:
     factors = [(a_labels.get(d), size(a, d)) for d in range(a.dim())]
     if b.dim() > 1:
         factors.append((b_labels.get(b.dim() - 1), size(b, b.dim() - 1)))
-    tracer.count(1.0, *factors)
+    tracer.count(float(COMPLEX if a.is_complex() else 1), *factors)
     if bias is not None:
         _add_bias(tracer, op, labels, bias)
     return [labels]
@@ -140,6 +141,18 @@ def attention(tracer: Tracer, op: Op) -> Sequence[Labels]:
     tracer.count(pairs, (None, size(query, -1)))
     tracer.count(pairs, (tracer.of(value).get(3), size(value, -1)))
     return [{d: v for d, v in tracer.of(value).items() if d == 3}]
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def transform(tracer: Tracer, op: Op) -> Sequence[Labels]:
+    """Fourier transforms: nothing that goes through one is followed."""
+    x, dims, out = op.args[0], op.args[1], op.outs[0]
+    tracer.freeze(tracer.of(x), f"is transformed by {op.where}")
+    whole = out if x.is_complex() else x
+    length = math.prod(size(whole, dim) for dim in dims)
+    macs = fft_macs(whole.numel(), length, real=not (x.is_complex() and out.is_complex()))
+    tracer.count(macs, once=isinstance(x, nn.Parameter))
+    return [{}]
 
 
 @rule("embedding")

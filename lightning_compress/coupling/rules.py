@@ -37,7 +37,7 @@ def label_outputs(tracer: Tracer, op: Op) -> list[Labels]:
     name = op.name
     if name in _CONSTANTS:
         return [{d: tracer.space.new(n) for d, n in enumerate(out.shape) if n > 1} for out in op.outs]
-    if not any(op.inputs):
+    if not any(op.inputs) and name not in _PRODUCTS:
         return [{} for _ in op.outs]
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if found is None and _pointwise(op):
@@ -52,6 +52,10 @@ def label_outputs(tracer: Tracer, op: Op) -> list[Labels]:
 
 _CONSTANTS = ("zeros", "ones", "full", "empty")
 """All elements alike; the sizes may follow the channels they meet: whether they do is for the proof to say."""
+
+
+_PRODUCTS = ("convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv", "_fft_r2c", "_fft_c2r", "_fft_c2c")
+"""What has a cost even where there is no label."""
 
 
 def _pointwise(op: Op) -> bool:

@@ -75,10 +75,14 @@ _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.o
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of one op: `constant` x the product of the number of living labels of each vector."""
+    """Multiply-accumulates of one op: `constant` x the product of the number of living labels of each vector.
+
+    `once`: they are those of a call, however many samples it has.
+    """
 
     constant: float
     vectors: tuple[Vector, ...]
+    once: bool = False
 
 
 class Tracer(TorchDispatchMode):
@@ -198,10 +202,10 @@ class Tracer(TorchDispatchMode):
         block = np.moveaxis(block, varying.index(channel), -1)
         return {channel: self.repeat(block.reshape(-1, grid.shape[channel]))}
 
-    def count(self, constant: float, *vectors: tuple[Vector | None, int]) -> None:
+    def count(self, constant: float, *vectors: tuple[Vector | None, int], once: bool = False) -> None:
         """Record multiply-accumulates: each factor is a label vector, or, where there is none, a plain size."""
         constant *= math.prod(size for vector, size in vectors if vector is None)
-        self.costs.append(Cost(constant, tuple(vector for vector, _ in vectors if vector is not None)))
+        self.costs.append(Cost(constant, tuple(vector for vector, _ in vectors if vector is not None), once))
 
     def hold(self, op: Op, attribute: str, *vectors: Vector) -> None:
         """The module that runs `op` holds a size in Python that is the number of these labels that live."""

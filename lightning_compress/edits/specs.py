@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import layers
+from lightning_compress import layers, structured
 from lightning_compress.edits.structure import EditError
 
 __all__ = ["Spec", "build", "describe", "frozen_spec", "show"]
@@ -17,6 +17,7 @@ Spec = Mapping[str, Any]
 """`type` and the arguments of its constructor; containers have the specs of their children under `layers`."""
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_STRUCTURED = ("kernel_size", "stride", "padding", "dilation", "groups")
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _PLAIN: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: _CONV,
@@ -33,8 +34,10 @@ _PLAIN: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.ChannelShuffle: ("groups",),
     layers.Reorder: ("channels",),
     layers.Rotated: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    structured.Circulant: ("in_channels", "out_channels", "block", *_STRUCTURED),
+    structured.Hashed: ("in_channels", "out_channels", "values", "seed", *_STRUCTURED),
 }
-_BIASED = (nn.modules.conv._ConvNd, nn.Linear, layers.Rotated)
+_BIASED = (nn.modules.conv._ConvNd, nn.Linear, layers.Rotated, structured.Structured)
 _CONTAINERS: Mapping[type[nn.Module], str] = {layers.Chain: "Chain", layers.Concat: "Concat", layers.Sum: "Sum"}
 _TYPES = {kind.__name__: kind for kind in (*_PLAIN, *_CONTAINERS)}
 
@@ -82,6 +85,8 @@ def build(spec: Spec, like: Tensor) -> nn.Module:
             if buffer is not None:
                 dtype = buffer.dtype if not buffer.is_floating_point() else like.dtype
                 part._buffers[name] = like.new_zeros(buffer.shape, dtype=dtype)
+        if isinstance(part, structured.Hashed):
+            part.derive()
     return module
 
 
@@ -121,7 +126,7 @@ def show(spec: Spec | None) -> str:
     if "layers" in spec:
         return f"{spec['type']}({', '.join(show(child) for child in spec['layers'])})"
     sizes = [spec[name] for name in ("in_channels", "out_channels", "in_features", "out_features") if name in spec]
-    kernel = ["x".join(str(side) for side in spec["kernel_size"])] if "kernel_size" in spec else []
+    kernel = ["x".join(str(side) for side in spec["kernel_size"])] if spec.get("kernel_size") else []
     return f"{spec['type']}({', '.join(map(str, [*sizes, *kernel]))})"
 
 

@@ -36,7 +36,7 @@ SWEEPS = 2
 """Rounds over all factors."""
 
 ITERATIONS = 12
-"""Steps of conjugate gradients for one factor."""
+"""Steps of conjugate gradients for one factor, as long as a form does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Form(ABC):
     name: ClassVar[str]
     solves_outputs: ClassVar[bool] = True
     """Whether each output has its own entries of the last factor, [G, O, ...]."""
+    steps: ClassVar[int] = ITERATIONS
+    """Steps of conjugate gradients for one factor."""
 
     @abstractmethod
     def refuses(self, geometry: Geometry) -> str | None:
@@ -233,7 +235,7 @@ def _conjugate_gradients(form: Form, geometry: Geometry, factors: Factors, place
     if not square > 0:
         return factors
     ridge = _relative_ridge(objective) * float((normal(direction) * direction).sum() / square)
-    for _ in range(ITERATIONS):
+    for _ in range(form.steps):
         image = normal(direction) + ridge * direction
         curvature = (direction * image).sum()
         if not curvature > 0:

@@ -24,8 +24,9 @@ def compact_form(operator: str, **options: Any) -> Form:
     """What layers are to become, by name.
 
     Args:
-        operator: `depthwise_separable`, `ghost`, `fire`, `grouped_shuffle`, `crelu` or `rotated`.
-        options: of that form: `rank`, `ratio`, `kernel`, `squeeze`, `small`, `groups`.
+        operator: `depthwise_separable`, `ghost`, `fire`, `grouped_shuffle`, `crelu`, `rotated`, `circulant` or
+            `hashed`.
+        options: of that form: `rank`, `ratio`, `kernel`, `squeeze`, `small`, `groups`, `block`, `seed`.
 
     Raises:
         ValueError: no such operator, or an option that it does not have or that is out of range.

@@ -143,6 +143,8 @@ class Planner:
                 raise ValueError("a limit on latency needs a stopwatch")
             timed = time_candidates(self.model, self.replaceable, self.forms, self.candidates)
         options = [self._options(layer, timed.get(layer.path)) for layer in self.replaceable]
+        if "macs" in limits:
+            self._refuse_macs(limits["macs"], options)
         dense = {**self.dense, "latency": 0.0 if stopwatch is None else stopwatch(self._copy())}
         rest = {unit: dense[unit] - sum(layer[0].costs[unit] for layer in options) for unit in limits}
         solve = allocate if allocation == "greedy" else share_out
@@ -184,6 +186,14 @@ class Planner:
                 if after.macs <= before.macs and after.params <= before.params and after != before:
                     planned.append(item)
         return planned
+
+    @staticmethod
+    def computes_less(planned: Sequence[Planned]) -> bool:
+        """Whether a plan has fewer multiply-accumulates, or only fewer weights."""
+        return any(
+            price(item.spec, item.layer.places).macs < price(item.layer.spec, item.layer.places).macs
+            for item in planned
+        )
 
     def recover(self, edit: Replace) -> list[Planned]:
         """The plan that an edit of the same network carries out.
@@ -271,6 +281,16 @@ class Planner:
                 item = Planned(layer, self.forms[layer.path], candidate.rank)
                 found.append(option(item, candidate.error, item.spec, candidate.rank))
         return found
+
+    def _refuse_macs(self, limit: float, options: Sequence[Sequence[Option]]) -> None:
+        """Raise if the new layers only have fewer weights."""
+        dense = self.dense["macs"]
+        if limit < dense and not any(o.costs["macs"] < layer[0].costs["macs"] for layer in options for o in layer):
+            raise BudgetError(
+                f"a budget of {limit:,.0f} macs cannot be met: this network has {dense:,.0f}, and the lowest reachable "
+                f"by replacing layers is {dense:,.0f}, as the new layers have fewer weights but compute as much; give "
+                "a budget of params or bytes, or another method"
+            )
 
     @staticmethod
     def _planned(chosen: Sequence[Option]) -> list[Planned]:

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 
 from lightning_compress.edits import Spec
 from lightning_compress.layers import Rotated
+from lightning_compress.meter import COMPLEX, fft_macs
 from lightning_compress.methods.geometry import Geometry
+from lightning_compress.structured import by_fft
 
 __all__ = ["Price", "price"]
+
+
+THREE = 3
+"""Real convolutions that torch makes of a complex one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,16 @@ def price(spec: Spec, places: Sequence[tuple[int, tuple[int, ...]]]) -> Price:
         >>> price(describe(nn.Conv2d(3, 8, 3, padding=1)), [(1, (10, 10))])
         Price(macs=21600.0, params=224)
     """
-    return Price(sum(count * _macs(spec, size)[0] for count, size in places), _params(spec))
+    return Price(sum(_once(spec) + count * _macs(spec, size)[0] for count, size in places), _params(spec))
+
+
+def _once(spec: Spec) -> float:
+    """Multiply-accumulates on the weights themselves, in each call."""
+    if "layers" in spec:
+        return sum(_once(child) for child in spec["layers"])
+    if not _transforms(spec):
+        return 0.0
+    return fft_macs(_params({**spec, "bias": False}), int(spec["block"]))
 
 
 def _macs(spec: Spec, size: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
@@ -58,6 +73,8 @@ def _macs(spec: Spec, size: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
     if geometry is None:
         return 0.0, size
     after = geometry.output_size(size) if geometry.kernel else size
+    if _transforms(spec):
+        return _by_fft(spec, geometry, math.prod(size), math.prod(after)), after
     return float(geometry.weights * math.prod(size if geometry.transposed else after)), after
 
 
@@ -67,11 +84,35 @@ def _params(spec: Spec) -> int:
     geometry = _geometry(spec)
     if geometry is None:
         return 2 * spec["num_features"] if spec.get("affine") else 0
-    shared = Rotated.ROTATIONS if spec["type"] == "Rotated" else 1
-    return geometry.weights // shared + (geometry.outputs if geometry.bias else 0)
+    weights = geometry.weights
+    if spec["type"] == "Hashed":
+        weights = spec["values"]
+    elif spec["type"] == "Rotated":
+        weights //= Rotated.ROTATIONS
+    elif spec["type"] == "Circulant":
+        weights //= spec["block"]
+    return weights + (geometry.outputs if geometry.bias else 0)
 
 
 def _geometry(spec: Spec) -> Geometry | None:
-    if spec["type"] == "Rotated":
-        return Geometry.from_spec({**spec, "type": "Conv2d", "padding_mode": "zeros"})
+    if spec["type"] in ("Rotated", "Circulant", "Hashed"):
+        sides = len(spec["kernel_size"])
+        if not sides:
+            return Geometry(spec["in_channels"], spec["out_channels"], bias=spec["bias"])
+        return Geometry.from_spec({**spec, "type": f"Conv{sides}d", "padding_mode": "zeros"})
     return Geometry.from_spec(spec) if spec["type"] == "Linear" or spec["type"].startswith("Conv") else None
+
+
+def _transforms(spec: Spec) -> bool:
+    """Whether a layer computes by FFT."""
+    if spec["type"] != "Circulant":
+        return False
+    return by_fft(spec["in_channels"], spec["out_channels"], spec["block"], spec["groups"])
+
+
+def _by_fft(spec: Spec, geometry: Geometry, inputs: int, outputs: int) -> float:
+    """Multiply-accumulates of a block-circulant layer on one input, by its places and those of the output."""
+    block: int = spec["block"]
+    transforms = fft_macs(geometry.inputs * inputs, block) + fft_macs(geometry.outputs * outputs, block)
+    each = THREE if geometry.kernel else COMPLEX
+    return transforms + each * (block // 2 + 1) * geometry.weights // block**2 * outputs

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_compress.methods.approximation import Form
+from lightning_compress.methods.forms.circulant import Circulant
 from lightning_compress.methods.forms.cp import CP
 from lightning_compress.methods.forms.crelu import CReLU
 from lightning_compress.methods.forms.depthwise_separable import DepthwiseSeparable
 from lightning_compress.methods.forms.fire import Fire
 from lightning_compress.methods.forms.ghost import Ghost
 from lightning_compress.methods.forms.grouped_shuffle import GroupedShuffle
+from lightning_compress.methods.forms.hashed import Hashed
 from lightning_compress.methods.forms.low_rank import Channel, Decomposition, Spatial, Tucker
 from lightning_compress.methods.forms.rotated import Rotated
 
@@ -24,11 +26,13 @@ __all__ = [
     "DECOMPOSITIONS",
     "CReLU",
     "Channel",
+    "Circulant",
     "Decomposition",
     "DepthwiseSeparable",
     "Fire",
     "Ghost",
     "GroupedShuffle",
+    "Hashed",
     "Rotated",
     "Spatial",
     "Tucker",
@@ -38,6 +42,6 @@ DECOMPOSITIONS: Mapping[str, Decomposition] = {form.name: form for form in (Spat
 """Name -> form of low rank."""
 
 COMPACT: Mapping[str, type[Form]] = {
-    form.name: form for form in (DepthwiseSeparable, Ghost, Fire, GroupedShuffle, CReLU, Rotated)
+    form.name: form for form in (DepthwiseSeparable, Ghost, Fire, GroupedShuffle, CReLU, Rotated, Circulant, Hashed)
 }
 """Name -> form of compact filters."""

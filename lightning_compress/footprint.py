@@ -73,7 +73,8 @@ def measure(
     """Measure a network by running it, at batch size 1, on recorded or given inputs.
 
     Multiply-accumulates are those of the operations that really run (`torch.utils.flop_counter`, halved), so layers
-    called twice, tied weights and functional calls are counted as they happen; zeros in a weight save nothing.
+    called twice, tied weights and functional calls are counted as they happen; zeros in a weight save nothing. Complex
+    products count as the real ones they are made of, Fourier transforms as FFTs (see `meter.py`).
     Biases, norms, activations and pooling are not in the number: `uncounted` says what is left out, and how much.
 
     Peak memory is computed on a CPU from the storages that are alive after each operation (scratch memory within an

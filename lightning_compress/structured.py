@@ -63,6 +63,7 @@ class Structured(nn.Module):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding = stride or ones, padding or (0,) * len(kernel_size)
         self.dilation, self.groups = dilation or ones, groups
+        self.register_parameter("weight", None)  # before the bias, as in torch's layers: optimizers go by the order
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     @abstractmethod
@@ -218,7 +219,7 @@ class Hashed(Structured):
     Example:
         >>> layer = Hashed(8, 16, values=36, kernel_size=(3, 3))
         >>> layer(torch.zeros(1, 8, 6, 6)).shape, layer.weight.shape, list(layer.state_dict())
-        (torch.Size([1, 16, 4, 4]), torch.Size([36]), ['bias', 'weight'])
+        (torch.Size([1, 16, 4, 4]), torch.Size([36]), ['weight', 'bias'])
     """
 
     codes: Tensor

@@ -40,6 +40,12 @@ def replaced(module: Task) -> list[list[str]]:
         (CompactFilters, {"operator": "mobile"}, "`operator` must be one of depthwise_separable"),
         (CompactFilters, {"options": {"ratio": 2}}, "'depthwise_separable' has no option `ratio`; it has rank"),
         (CompactFilters, {"operator": "ghost", "options": {"ratio": 1}}, "`ratio` must be"),
+        (
+            CompactFilters,
+            {"operator": "circulant", "options": {"block": 1.5}},
+            "`block` must be an integer of at least 2",
+        ),
+        (CompactFilters, {"operator": "hashed", "options": {"block": 4}}, "has no option `block`; it has ratio, seed"),
         (CompactFilters, {"budget": "half"}, "`budget` must be a Budget"),
     ],
 )
@@ -127,7 +133,7 @@ def test_taught_by_itself_with_hints_on_what_is_replaced(tmp_path: Path) -> None
     assert all(torch.isfinite(trainer.callback_metrics[name]) for name in heard)
 
 
-@pytest.mark.parametrize("operator", ["ghost", "fire", "grouped_shuffle", "crelu", "rotated"])
+@pytest.mark.parametrize("operator", ["ghost", "fire", "grouped_shuffle", "crelu", "rotated", "circulant", "hashed"])
 def test_every_operator_trains_and_resumes(operator: str, tmp_path: Path) -> None:
     module = task("residual")
     dense = measure(module.net, torch.zeros(2, 1, 8, 8))

@@ -112,4 +112,6 @@ METHODS: dict[str, Method] = {
     "compact_filters": Method(
         _compact("depthwise_separable", rank=None), budget=0.7, slack=0.1, twice=0.85, renames=True
     ),
+    "circulant": Method(_compact("circulant", block=2), unit="params", budget=0.6, slack=0.1, twice=0.85, renames=True),
+    "hashed": Method(_compact("hashed", ratio=2), unit="params", budget=0.6, slack=0.1, twice=0.85, renames=True),
 }

@@ -19,7 +19,17 @@ from lightning_compress.edits import apply_edits, build, describe, edits_from_js
 from lightning_compress.layers import Chain
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
-from lightning_compress.methods.forms import COMPACT, CReLU, DepthwiseSeparable, Fire, Ghost, GroupedShuffle, Rotated
+from lightning_compress.methods.forms import (
+    COMPACT,
+    Circulant,
+    CReLU,
+    DepthwiseSeparable,
+    Fire,
+    Ghost,
+    GroupedShuffle,
+    Hashed,
+    Rotated,
+)
 from lightning_compress.methods.forms.matching import gather_groups
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Moments
@@ -41,6 +51,10 @@ FORMS: Mapping[str, Form] = {
     "grouped shuffle": GroupedShuffle(groups=2),
     "crelu": CReLU(),
     "rotated": Rotated(),
+    "circulant": Circulant(block=2),
+    "circulant, block 4": Circulant(block=4),
+    "hashed": Hashed(ratio=4),
+    "hashed, another seed": Hashed(ratio=2, seed=7),
 }
 
 
@@ -48,9 +62,9 @@ FORMS: Mapping[str, Form] = {
 def convolutions(draw: st.DrawFn, form: Form) -> nn.Module:
     """Convolutions with random weights, in double precision, of all kinds that a form can write and some others."""
     fire, shuffle, rotated = (isinstance(form, kind) for kind in (Fire, GroupedShuffle, Rotated))
-    separable = isinstance(form, DepthwiseSeparable)
+    separable, structured = isinstance(form, DepthwiseSeparable), isinstance(form, Circulant | Hashed)
     sides = 2 if rotated else draw(st.sampled_from([1, 2, 2, 2, 3]))
-    transposed = not fire and not rotated and draw(st.integers(0, 3)) == 0
+    transposed = not fire and not rotated and not structured and draw(st.integers(0, 3)) == 0
     groups = 1 if fire or shuffle else draw(st.sampled_from([1, 1, 2]))
     kernels = ([1] if not (fire or rotated or separable) else []) + ([2] if not fire else []) + [3, 3]
     kernel = draw(st.sampled_from(kernels[:-1] if sides == 3 else kernels))
@@ -60,14 +74,16 @@ def convolutions(draw: st.DrawFn, form: Form) -> nn.Module:
     arguments["padding"] = middle if fire else draw(st.sampled_from([middle, middle, 0, 1]))
     if transposed:
         arguments["output_padding"] = draw(st.integers(0, max(stride, dilation) - 1))
-    elif not rotated:
+    elif not rotated and not structured:
         arguments["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "reflect", "circular"]))
     if stride == 1 and kernel % 2 and not transposed and draw(st.booleans()):
         arguments["padding"] = "same"
     kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{sides}d")
     torch.manual_seed(draw(st.integers(0, 999)))
-    inputs = groups * draw(st.sampled_from([2, 4] if shuffle else [2, 3, 4]))
-    outputs = groups * draw(st.sampled_from([4, 8] if rotated else [2, 4, 6] if shuffle else [2, 3, 4, 5, 8]))
+    inputs = groups * draw(st.sampled_from([4, 8] if isinstance(form, Circulant) else [2, 4] if shuffle else [2, 3, 4]))
+    outputs = groups * draw(
+        st.sampled_from([4, 8] if rotated or isinstance(form, Circulant) else [2, 4, 6] if shuffle else [2, 3, 4, 5, 8])
+    )
     return cast(nn.Module, kind(inputs, outputs, kernel, **arguments)).double()
 
 
@@ -271,6 +287,12 @@ def conv(*arguments: int, **more: Any) -> nn.Module:
         (Rotated(), conv(4, 6, 3), "in fours"),
         (Rotated(), conv(4, 4, 2, padding="same"), "two sides"),
         (Rotated(), conv(4, 4, 3, padding_mode="reflect"), "pads with something else"),
+        (Circulant(), conv(3, 8, 3), "3 inputs and 8 outputs: no multiples of the block, 4"),
+        (Circulant(), nn.Linear(8, 10), "8 inputs and 10 outputs: no multiples of the block, 4"),
+        (Circulant(), conv(8, 8, 3, groups=4), "2 inputs and 2 outputs of each group: no multiples"),
+        (Circulant(), nn.ConvTranspose2d(4, 4, 3), "transposed or pads with something else"),
+        (Hashed(), nn.ConvTranspose1d(4, 4, 3), "transposed or pads with something else"),
+        (Hashed(), conv(4, 4, 3, padding_mode="circular"), "transposed or pads with something else"),
     ],
 )
 def test_what_cannot_be_written_is_refused_with_a_reason(form: Form, module: nn.Module, reason: str) -> None:
@@ -285,6 +307,12 @@ def test_what_cannot_be_written_is_refused_with_a_reason(form: Form, module: nn.
         (lambda: Ghost(ratio=1), "`ratio` must be an integer of at least 2, got 1"),
         (lambda: Ghost(kernel=2), "`kernel` must be odd, got 2"),
         (lambda: GroupedShuffle(groups=1), "`groups` must be an integer of at least 2, got 1"),
+        (lambda: Circulant(block=1.5), "`block` must be an integer of at least 2, got 1.5"),
+        (lambda: Circulant(block=1), "`block` must be an integer of at least 2, got 1"),
+        (lambda: Hashed(ratio=1), "`ratio` must be an integer of at least 2, got 1"),
+        (lambda: Hashed(ratio="8"), "`ratio` must be an integer of at least 2, got '8'"),
+        (lambda: Hashed(seed=-1), "`seed` must be an integer of at least 0, got -1"),
+        (lambda: Hashed(seed=1 << 64), r"`seed` must be below 2 \*\* 64, got 18446744073709551616"),
         (lambda: Fire(squeeze=0), r"`squeeze` must be in \(0, 1\], got 0"),
         (lambda: Fire(small=1), r"`small` must be in \(0, 1\), got 1"),
     ],

@@ -94,6 +94,10 @@ class Form(ABC):
     def compose(self, geometry: Geometry, factors: Factors) -> Tensor:
         """The canonical weight that factors stand for."""
 
+    def metric(self, objective: Objective) -> Tensor | None:
+        """The metric in which `start` approximates the weight that is best for the outputs."""
+        return objective.second
+
     def spec(self, geometry: Geometry, rank: Any) -> Spec:
         """What replaces the layer."""
         return {
@@ -178,7 +182,7 @@ def approximate(
         return plain, objective.error(form.compose(geometry, plain).flatten(2))
     best = _descend(form, geometry, plain, objective, 1)
     target = objective.solution(weight.flatten(2)).view_as(weight)
-    informed = _descend(form, geometry, form.start(geometry, target, rank, objective.second), objective, sweeps)
+    informed = _descend(form, geometry, form.start(geometry, target, rank, form.metric(objective)), objective, sweeps)
     return min(best, informed, key=lambda found: found[1])
 
 

@@ -42,6 +42,7 @@ class Circulant(Structured):
 
     name: ClassVar[str] = "circulant"
     kind: ClassVar[str] = "Circulant"
+    steps: ClassVar[int] = 0  # the beginning is the solution
     block: int = 4
 
     def __post_init__(self) -> None:

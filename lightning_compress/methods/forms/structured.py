@@ -14,6 +14,7 @@ from lightning_compress.edits import Spec
 from lightning_compress.methods.approximation import Candidate, Factors, Form
 from lightning_compress.methods.forms.ordered import predict
 from lightning_compress.methods.geometry import Geometry
+from lightning_compress.methods.moments import Objective
 
 __all__ = ["Structured", "lifted"]
 
@@ -32,6 +33,14 @@ class Structured(Form):
     @abstractmethod
     def options(self, geometry: Geometry) -> Mapping[str, Any]:
         """The arguments of the layer beside its sizes."""
+
+    def metric(self, objective: Objective) -> Tensor | None:
+        """See `Form`: with the ridge. `start` is exact, and would follow few samples wherever they lead."""
+        if objective.second is None:
+            return None
+        size = objective.second.shape[-1]
+        unit = torch.eye(size, dtype=objective.second.dtype, device=objective.second.device)
+        return objective.second + objective.ridge * unit
 
     def refuses(self, geometry: Geometry) -> str | None:
         """See `Form`."""

@@ -9,7 +9,6 @@ seeds, with a callback beside the others that looks at the network after each ep
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import start_worker
-from benchmarks.pool import Work, console_for, run_all
+from benchmarks.pool import Work, console_for, run_all, show
 from benchmarks.results import Found, Results, mean_of
 from benchmarks.training_free_nets import marked_table
 from lightning_compress import load_compressed
@@ -37,7 +36,6 @@ from lightning_compress.app.build import make_net
 from lightning_compress.app.jobs import write_json
 from lightning_compress.app.work import run
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.files import write_atomic
 from lightning_compress.quiet import without_observers
 
 EXPERIMENTS = {"deep_compression_lenet5": "LeNet-5", "deep_compression_lenet300": "LeNet-300-100"}
@@ -179,11 +177,7 @@ def main() -> None:
         if not results.has(EXPERIMENTS[experiment], "ours", seed)
     ]
     run_all([runs], results, options.jobs, partial(start_worker, 1), console)
-    print_table(results, console)
-    if options.table:
-        text = io.StringIO()
-        print_table(results, console_for(text))
-        write_atomic(options.table, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
+    show(lambda console: print_table(results, console), options.table)
 
 
 if __name__ == "__main__":

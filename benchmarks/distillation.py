@@ -13,7 +13,6 @@ it was, or prints the tables if nothing is left to do.
 from __future__ import annotations
 
 import argparse
-import io
 import multiprocessing
 import os
 import sys
@@ -42,8 +41,7 @@ from benchmarks.distillation_runs import (
     train_teacher,
 )
 from benchmarks.distillation_sides import PAIRS, SIDES, USUAL, missing_peers
-from benchmarks.pool import console_for
-from lightning_compress.files import write_atomic
+from benchmarks.pool import console_for, show
 
 
 def collect(futures: list[Future[Row]], results: Results, console: Console) -> None:
@@ -139,12 +137,7 @@ def main() -> None:
         start_worker(1)
         results.overhead = compare(*((10, 8, 16) if options.quick else (16, 12, 32)))
         results.write()
-    report(results, console)
-    if options.table:
-        text = io.StringIO()
-        report(results, console_for(text))
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.table, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
+    show(lambda console: report(results, console), options.table)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.results import Found, Results
+from lightning_compress.files import write_atomic
 
-__all__ = ["Work", "console_for", "run_all"]
+__all__ = ["Work", "console_for", "run_all", "show"]
 
 WIDTH = 300  # of tables that go to a file
 Work = tuple[Callable[..., Found], tuple[Any, ...]]
@@ -29,6 +31,16 @@ def console_for(file: io.TextIOBase | None = None) -> Console:
     """Plain text that keeps its lines whole in a file."""
     wide = file is not None or not sys.stdout.isatty()
     return Console(file=file, width=WIDTH if wide else None, markup=False, highlight=False)
+
+
+def show(print_to: Callable[[Console], None], path: Path | None) -> None:
+    """Print tables, and write them to a file as Markdown, if one is asked for."""
+    print_to(console_for())
+    if path is not None:
+        text = io.StringIO()
+        print_to(console_for(text))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ it was, or prints the table if nothing is left to do.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import statistics
 import sys
@@ -29,12 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import Place, start_worker
-from benchmarks.pool import Work, console_for, run_all
+from benchmarks.pool import Work, console_for, run_all, show
 from benchmarks.pruning_runs import BUDGETS, FULL, QUICK, Recipe, Task, case_of, run, train_dense
 from benchmarks.pruning_sides import DENSE, PEERS, SIDES, USUAL, missing_peers
 from benchmarks.results import Results, mean_of
 from benchmarks.training_free_nets import images, marked_table
-from lightning_compress.files import write_atomic
 
 
 def work_to_do(sides: list[str], seeds: int, recipe: Recipe, place: Place, results: Results) -> list[list[Work]]:
@@ -137,12 +135,7 @@ def main() -> None:
             "fashion-mnist", place, recipe.samples, recipe.augment, recipe.batch_size
         )  # if it is not there, say so now
         run_all(groups, results, options.jobs, partial(start_worker, options.threads), console)
-    print_table(results, recipe, console)
-    if options.table:
-        text = io.StringIO()
-        print_table(results, recipe, console_for(text))
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.table, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
+    show(lambda console: print_table(results, recipe, console), options.table)
 
 
 if __name__ == "__main__":

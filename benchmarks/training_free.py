@@ -13,7 +13,6 @@ it was, or prints the tables if nothing is left to do.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_runs import DATA, Place
-from benchmarks.pool import Work, console_for, run_all
+from benchmarks.pool import Work, console_for, run_all, show
 from benchmarks.results import Results
 from benchmarks.training_free_cost import cost_case, measure_cost
 from benchmarks.training_free_nets import FULL, NETS, QUICK, Cell, images
@@ -43,7 +42,6 @@ from benchmarks.training_free_runs import (
 )
 from benchmarks.training_free_runtime import BATCHES, RUNTIMES, compare, tasks_to_time, timed_case
 from benchmarks.training_free_sides import OPERATORS, VARIANTS, missing_peers
-from lightning_compress.files import write_atomic
 
 USUAL_VARIANTS = [variant for variant in VARIANTS if variant != "random"]  # which without training is chance
 COSTED = {True: ("spatial",), False: ("spatial", "channel", "tucker", "cp")}  # quick or not
@@ -124,12 +122,7 @@ def main() -> None:
             if decomposition in options.only and not results.has(cost_case(decomposition)):
                 results.add(measure_cost(decomposition))
                 console.print(f"{cost_case(decomposition)}: done")
-    print_tables(results, console)
-    if options.table:
-        text = io.StringIO()
-        print_tables(results, console_for(text))
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.table, "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n")
+    show(lambda console: print_tables(results, console), options.table)
 
 
 def parts_of(options: argparse.Namespace) -> set[str]:

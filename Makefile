@@ -72,8 +72,8 @@ docs: ## where the documentation is
 
 bench: $(STAMP) ## the benchmarks beside their peers, in their short form
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "fasterai>=0.4.1,<0.5"
-	@for benchmark in coverage overhead distillation training_free; do \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/without-dependencies.txt
+	@for benchmark in coverage overhead distillation training_free pruning; do \
 		echo "== $$benchmark"; $(BIN)/python benchmarks/$$benchmark.py --quick; done
 
 clean: ## remove what was built or cached; results in outputs/ and .venv stay

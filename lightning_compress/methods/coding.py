@@ -4,8 +4,7 @@ Deep Compression (Han, Mao and Dally 2015, arXiv 1510.00149) stores a pruned and
 nonzero weights and indices into a codebook, both with Huffman codes. Here where the zeros are is coded by an arithmetic
 coder whose model learns on the way which inputs of a layer are used (its rows tell how full they are), and the values
 by the frequencies of the codebook, of the tensor or, where that is shorter, of each of its rows; neither is worse than
-the entropy of what it replaces, and both need no table of codes. The model is made with additions, multiplications and
-divisions alone, which every machine rounds alike.
+the entropy of what it replaces, and both need no table of codes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_compress.methods.books import LARGEST, RowBooks, row_books
+from lightning_compress.methods.sections import CodingError, Words, array, pack, read_words, unpack, write_words
+from lightning_compress.methods.zeros import decode_mask, encode_mask
 
 __all__ = ["CodingError", "decode", "encode", "worth_trying"]
-
-Words = NDArray[Any]
-Floats = NDArray[np.float64]
 
 _HEADER = struct.Struct("<BBQI")  # version, flags, nonzero elements, entries of the codebook
 _VERSION = 1
@@ -43,16 +41,7 @@ MAX_TABLE = 1 << 16
 TABLE_SHARE = 0.5
 """A codebook has at most so many entries, and at most this many for each value that it stands for."""
 
-PRIOR = 4.0
-"""How many rows the density of the whole tensor counts for, when that of a column is learned."""
-
-_LEVELS = 255  # of how full a row is
-
 _SAMPLE = 4096
-
-
-class CodingError(ValueError):
-    """A tensor that cannot be coded, or data that is no coded tensor."""
 
 
 def worth_trying(tensor: Tensor) -> bool:
@@ -88,9 +77,9 @@ def encode(tensor: Tensor) -> bytes:
     flags = (_ZEROS if count < matrix.size else 0) | flag
     parts = [b""]
     if 0 < count < matrix.size:
-        by_rows, plain = _encode_mask(nonzero, count, True), _encode_mask(nonzero, count, False)
+        by_rows, plain = encode_mask(nonzero, count, True), encode_mask(nonzero, count, False)
         flags |= _ROWS if len(by_rows) < len(plain) else 0
-        parts.append(_pack(by_rows if flags & _ROWS else plain))
+        parts.append(pack(by_rows if flags & _ROWS else plain))
     parts.append(coded)
     parts[0] = _HEADER.pack(_WITH_BOOKS if flag & _BOOKS else _VERSION, flags, count, entries)
     return b"".join(parts)
@@ -117,22 +106,22 @@ def decode(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         rest = memoryview(data)[_HEADER.size :]
         nonzero = np.full((rows, columns), count == size)
         if 0 < count < size:
-            stream, rest = _unpack(rest)
-            nonzero = _decode_mask(stream, rows, columns, count, bool(flags & _ROWS))
+            stream, rest = unpack(rest)
+            nonzero = decode_mask(stream, rows, columns, count, bool(flags & _ROWS))
         if flags & _BOOKS:
-            sizes, rest = _array(rest, np.dtype(np.uint8), rows)
-            book, rest = _array(rest, empty.dtype, int(sizes.sum()))
-            frequency, rest = _array(rest, np.dtype("<u2"), entries)
-            stream, rest = _unpack(rest)
+            sizes, rest = array(rest, np.dtype(np.uint8), rows)
+            book, rest = array(rest, empty.dtype, int(sizes.sum()))
+            frequency, rest = array(rest, np.dtype("<u2"), entries)
+            stream, rest = unpack(rest)
             index = _decode_values(stream, frequency, count)
             values = RowBooks(sizes, book).look_up(np.nonzero(nonzero)[0], index)
         elif flags & _TABLE:
-            table, rest = _array(rest, empty.dtype, entries)
-            frequency, rest = _array(rest, np.dtype("<u2"), entries)
-            stream, rest = _unpack(rest)
+            table, rest = array(rest, empty.dtype, entries)
+            frequency, rest = array(rest, np.dtype("<u2"), entries)
+            stream, rest = unpack(rest)
             values = table[_decode_values(stream, frequency, count)]
         else:
-            values, rest = _array(rest, empty.dtype, count)
+            values, rest = array(rest, empty.dtype, count)
         matrix = np.zeros((rows, columns), empty.dtype)
         matrix[nonzero] = values
     except (struct.error, ValueError, IndexError, AssertionError) as error:
@@ -160,74 +149,11 @@ def _layout(shape: Sequence[int]) -> tuple[int, int]:
     return rows, size // rows
 
 
-# Where the zeros are.
-
-
-def _encode_mask(nonzero: NDArray[np.bool_], count: int, by_rows: bool) -> bytes:
-    levels = _levels(nonzero) if by_rows else np.empty(0, np.uint8)
-    encoder = constriction.stream.queue.RangeEncoder()
-    model = constriction.stream.model.Bernoulli(perfect=False)
-    learned = _Densities(len(nonzero), nonzero.shape[1], count)
-    for number, row in enumerate(nonzero):
-        level = levels[number] if by_rows else None
-        if level is None or 0 < level < _LEVELS:
-            encoder.encode(row.astype(np.int32), model, learned.expected(level))
-        learned.learn(row)
-    return levels.tobytes() + _stream(encoder.get_compressed())
-
-
-def _decode_mask(data: memoryview, rows: int, columns: int, count: int, by_rows: bool) -> NDArray[np.bool_]:
-    levels, data = _array(data, np.dtype(np.uint8), rows if by_rows else 0)
-    decoder = constriction.stream.queue.RangeDecoder(_unstream(data))
-    model = constriction.stream.model.Bernoulli(perfect=False)
-    learned = _Densities(rows, columns, count)
-    nonzero = np.zeros((rows, columns), bool)
-    for number, row in enumerate(nonzero):
-        level = levels[number] if by_rows else None
-        if level is None or 0 < level < _LEVELS:
-            row[:] = decoder.decode(model, learned.expected(level)) != 0
-        else:
-            row[:] = level == _LEVELS
-        learned.learn(row)
-    return nonzero
-
-
-def _levels(nonzero: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """How full each row is; the first and the last level are kept for those that are empty and full."""
-    share = nonzero.mean(1)
-    level = np.clip(np.rint(share * _LEVELS), 1, _LEVELS - 1)
-    return np.where(share == 0, 0, np.where(share == 1, _LEVELS, level)).astype(np.uint8)
-
-
-class _Densities:
-    """How likely each element of the next row is not zero, by what the rows before it were."""
-
-    def __init__(self, rows: int, columns: int, count: int) -> None:
-        self.whole = count / (rows * columns)
-        self.found = np.zeros(columns)
-        self.rows = 0
-
-    def expected(self, level: int | None) -> Floats:
-        column: Floats = (self.found + PRIOR * self.whole) / (self.rows + PRIOR)
-        if level is not None:  # odds multiply where rows and columns are independent
-            share = level / _LEVELS
-            odds = column / (1 - column) * (share / (1 - share)) / (self.whole / (1 - self.whole))
-            column = odds / (1 + odds)
-        return np.clip(column, 1e-6, 1 - 1e-6)
-
-    def learn(self, row: NDArray[np.bool_]) -> None:
-        self.found += row
-        self.rows += 1
-
-
-# What the others are.
-
-
 def _encode_book(values: Words, nonzero: NDArray[np.bool_]) -> tuple[bytes, int, int]:
     """The values that are not zero, in the shortest way; its flag, and how many frequencies there are."""
     table, index, frequency = _table(values)
     if len(table):
-        coded = table.tobytes() + frequency.tobytes() + _pack(_encode_values(index, frequency))
+        coded = table.tobytes() + frequency.tobytes() + pack(_encode_values(index, frequency))
     else:
         coded = values.tobytes()
     found = None
@@ -237,7 +163,7 @@ def _encode_book(values: Words, nonzero: NDArray[np.bool_]) -> tuple[bytes, int,
         books, index = found
         frequency = _frequencies(np.bincount(index))
         sections = [books.sizes.tobytes(), books.values.tobytes(), frequency.tobytes()]
-        own = b"".join(sections) + _pack(_encode_values(index, frequency))
+        own = b"".join(sections) + pack(_encode_values(index, frequency))
         if len(own) < len(coded):
             return own, _BOOKS, len(frequency)
     return coded, _TABLE if len(table) else 0, len(table)
@@ -266,45 +192,16 @@ def _encode_values(index: NDArray[np.int32], frequency: NDArray[np.uint16]) -> b
         return b""
     encoder = constriction.stream.queue.RangeEncoder()
     encoder.encode(index, _categorical(frequency))
-    return _stream(encoder.get_compressed())
+    return write_words(encoder.get_compressed())
 
 
 def _decode_values(data: memoryview, frequency: NDArray[np.uint16], count: int) -> NDArray[np.int32]:
     if len(frequency) == 1:
         return np.zeros(count, np.int32)
-    decoder = constriction.stream.queue.RangeDecoder(_unstream(data))
+    decoder = constriction.stream.queue.RangeDecoder(read_words(data))
     index: NDArray[np.int32] = decoder.decode(_categorical(frequency), count)
     return index
 
 
 def _categorical(frequency: NDArray[np.uint16]) -> Any:
     return constriction.stream.model.Categorical(frequency / frequency.astype(np.int64).sum(), perfect=False)
-
-
-# Bytes.
-
-
-def _stream(words: NDArray[np.uint32]) -> bytes:
-    return words.astype("<u4").tobytes()
-
-
-def _unstream(data: memoryview) -> NDArray[np.uint32]:
-    return np.frombuffer(data, "<u4").astype(np.uint32)
-
-
-def _pack(data: bytes) -> bytes:
-    return struct.pack("<I", len(data)) + data
-
-
-def _unpack(data: memoryview) -> tuple[memoryview, memoryview]:
-    (length,) = struct.unpack_from("<I", data)
-    if len(data) < 4 + length:
-        raise CodingError("damaged code of a tensor: it ends too early")
-    return data[4 : 4 + length], data[4 + length :]
-
-
-def _array(data: memoryview, dtype: np.dtype[Any], count: int) -> tuple[Words, memoryview]:
-    size = count * dtype.itemsize
-    if len(data) < size:
-        raise CodingError("damaged code of a tensor: it ends too early")
-    return np.frombuffer(data[:size], dtype), data[size:]

@@ -213,6 +213,6 @@ def test_a_damaged_artifact_is_never_a_network(tmp_path: Path) -> None:
 def test_another_decoding_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a machine that rounds differently would decode."""
     save_compressed(sparse_network(), tmp_path / "a")
-    monkeypatch.setattr("lightning_compress.methods.coding.PRIOR", 4.1)
+    monkeypatch.setattr("lightning_compress.methods.zeros.PRIOR", 4.1)
     with pytest.raises(ArtifactError, match="decoded"):
         load_compressed(tmp_path / "a", sparse_network())

@@ -39,6 +39,7 @@ class WeightSharing(HeldWeights):
             the coded file that are saved.
         start: when weights are shared: a float is a fraction of training, an integer an epoch.
         clustering: where k-means starts: `exact` (the best clustering), `linear`, `density`, `random`.
+        groups: of output channels of each layer, each with a codebook of its own; 1: one for a layer.
         gradient: what moves a value: the `mean` of its weights' gradients, or their `sum`, as in the paper, which needs
             a learning rate that fits.
         samples: number of calibration samples, for a budget.
@@ -63,6 +64,7 @@ class WeightSharing(HeldWeights):
         budget: Budget | None = None,
         start: float | int = 0.5,
         clustering: Start = "exact",
+        groups: int = 1,
         gradient: str = "mean",
         samples: int = 256,
         exclude: Sequence[str] = (),
@@ -81,11 +83,12 @@ class WeightSharing(HeldWeights):
             raise ValueError(f"`clustering` must be one of {', '.join(get_args(Start))}, got {clustering!r}")
         if gradient not in ("mean", "sum"):
             raise ValueError(f"`gradient` must be mean or sum, got {gradient!r}")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
+        for name, count in (("groups", groups), ("samples", samples)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}")
         self.bits = dict(bits) if isinstance(bits, Mapping) else bits
         self.budget, self.clustering, self.gradient = budget, clustering, gradient
-        self.samples = samples
+        self.groups, self.samples = groups, samples
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
         self._counts: list[int] = []
 
@@ -109,7 +112,9 @@ class WeightSharing(HeldWeights):
         network = captured.network
         chosen, left = self.choose(network)
         if self.budget is None:
-            self._found = {name: cluster(w, 2 ** self._bits(name), self.clustering) for name, w in chosen.items()}
+            self._found = {
+                name: cluster(w, 2 ** self._bits(name), self.clustering, self.groups) for name, w in chosen.items()
+            }
         else:
             self._found = self._within(captured, self.dense)
         left |= {name: "would save nothing, or is not needed" for name in chosen if name not in self._found}
@@ -174,6 +179,6 @@ class WeightSharing(HeldWeights):
         norms = input_norms(network, captured.calibration)
         rest = max(0.0, float(artifact_bytes(network) - sum(len(encode(weight)) for weight in chosen.values())))
         try:
-            return share_within(chosen, norms, rest, self.budget.limits(dense)["bytes"], self.clustering)
+            return share_within(chosen, norms, rest, self.budget.limits(dense)["bytes"], self.clustering, self.groups)
         except BudgetError as error:
             raise BudgetError(f"{error} by sharing weights") from error

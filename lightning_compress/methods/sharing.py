@@ -36,30 +36,35 @@ BINS = 1024
 ROUNDS = 100
 
 
-def cluster(weight: Tensor, values: int, start: Start = "exact") -> tuple[Tensor, Tensor]:
+def cluster(weight: Tensor, values: int, start: Start = "exact", groups: int = 1) -> tuple[Tensor, Tensor]:
     """Share out the weights of a tensor to few values.
 
     The squared error is never above that of as many evenly spaced values.
 
     Args:
         weight: the weights.
-        values: how many values other than zero there may be, at least 1.
+        values: how many values other than zero there may be in each group, at least 1.
         start: where k-means starts.
+        groups: of output channels (the first dim), in a row and of equal size as nearly as can be; each has values of
+            its own. No more than there are channels.
 
     Returns:
-        The values, the first of them zero, [at most values + 1]; and for each weight its place among them, int32, in
-        the weight's shape. Weights that are exactly zero, and only they, have place 0.
+        The values, the first of them zero, then those of each group, [at most groups * values + 1]; and for each weight
+        its place among them, int32, in the weight's shape. Weights that are exactly zero, and only they, have place 0.
 
     Raises:
-        ValueError: no values are asked for, an unknown start, or weights that are not finite.
+        ValueError: no values or groups are asked for, an unknown start, or weights that are not finite.
 
     Example:
         >>> book, code = cluster(torch.tensor([[0.0, 1.0], [1.2, -3.0]]), 2)
         >>> book.tolist(), code.tolist()
         ([0.0, -3.0, 1.100000023841858], [[0, 2], [2, 1]])
     """
-    if values < 1:
-        raise ValueError(f"`values` must be at least 1, got {values}")
+    for name, count in (("values", values), ("groups", groups)):
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}")
+    if groups > 1 and weight.dim() > 1:
+        return _by_groups(weight, values, start, min(groups, len(weight)))
     if start not in ("exact", "linear", "density", "random"):
         raise ValueError(f"`start` must be one of exact, linear, density, random, got {start!r}")
     flat = weight.detach().cpu().double().numpy().reshape(-1)
@@ -76,6 +81,16 @@ def cluster(weight: Tensor, values: int, start: Start = "exact") -> tuple[Tensor
         code[flat != 0] = 1 + np.searchsorted(_borders(book), alive)
     whole = torch.from_numpy(np.concatenate([[0.0], book])).to(weight.device, weight.dtype)
     return whole, torch.from_numpy(code).view(weight.shape).to(weight.device)
+
+
+def _by_groups(weight: Tensor, values: int, start: Start, groups: int) -> tuple[Tensor, Tensor]:
+    books, codes, before = [weight.new_zeros(1)], [], 0
+    for part in weight.detach().tensor_split(groups):
+        book, code = cluster(part, values, start)
+        books.append(book[1:])
+        codes.append(torch.where(code > 0, code + before, 0))
+        before += len(book) - 1
+    return torch.cat(books), torch.cat(codes).to(torch.int32)
 
 
 def tie(tensor: Tensor, code: Tensor, count: int, average: bool = True) -> Tensor:
@@ -113,7 +128,12 @@ def settle(weight: Tensor, code: Tensor, count: int) -> None:
 
 
 def share_within(
-    weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], rest: float, limit: float, start: Start = "exact"
+    weights: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
+    rest: float,
+    limit: float,
+    start: Start = "exact",
+    groups: int = 1,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Codebooks of as many bits as a file may have bytes, each tensor by what its outputs lose for what is saved.
 
@@ -123,6 +143,7 @@ def share_within(
         rest: bytes of the file beside these tensors.
         limit: bytes that it may have.
         start: where k-means starts.
+        groups: of output channels of each tensor, see `cluster`.
 
     Returns:
         Name -> values and codes, as `cluster` gives them, of those that share.
@@ -137,7 +158,7 @@ def share_within(
         energy = float((plain * norm).square().sum().clamp_min(1e-30))
         layer = [Option(None, 0.0, {"bytes": float(len(encode(plain)))})]
         for bits in range(MAX_BITS, 0, -1):
-            book, code = cluster(plain, 2**bits, start)
+            book, code = cluster(plain, 2**bits, start, groups)
             shared = book[code.long()]
             error = float(((plain - shared) * norm).square().sum()) / energy
             layer.append(Option((name, book, code), error, {"bytes": float(len(encode(shared)))}))

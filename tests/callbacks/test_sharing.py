@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "five bits": {"bits": 5},
     "by pattern": {"bits": {"head*": 2, "*": 3}},
     "sum": {"bits": 4, "gradient": "sum", "clustering": "linear"},
+    "groups": {"bits": 2, "groups": 4},
     "budget": {"bits": None, "budget": Budget(bytes=0.2), "samples": 32},
 }
 
@@ -174,6 +175,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path: Path) 
         ({"bits": None, "budget": Budget(macs=0.1)}, "`budget` must be one of bytes"),
         ({"clustering": "best"}, "`clustering` must be one of exact, linear, density, random"),
         ({"gradient": "max"}, "`gradient` must be mean or sum"),
+        ({"groups": 0}, "`groups` must be an integer of at least 1"),
         ({"samples": 0}, "`samples` must be an integer of at least 1"),
     ],
 )

@@ -58,6 +58,27 @@ def test_never_worse_than_evenly_spaced_values(start: Any, weight: Tensor, bits:
 
 
 @settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), groups=st.integers(1, 12), bits=st.integers(0, 3))
+def test_groups_of_channels_have_their_own_values(seed: int, groups: int, bits: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(9, 4, 3, generator=generator) * torch.rand(9, 1, 1, generator=generator)
+    weight *= torch.rand(9, 4, 3, generator=generator) > 0.3
+    book, code = cluster(weight, 2**bits, groups=groups)
+    assert torch.equal(code == 0, weight == 0)
+    assert code.shape == weight.shape
+    parts = list(zip(weight.tensor_split(min(groups, 9)), code.tensor_split(min(groups, 9)), strict=True))
+    assert all(len(places[places > 0].unique()) <= 2**bits for _, places in parts)
+    for part, places in parts:
+        torch.testing.assert_close(book[places.long()], _shared(part, 2**bits))
+    assert error(weight, book, code) <= error(weight, *cluster(weight, 2**bits)) * (1 + 1e-5) + 1e-9
+
+
+def _shared(weight: Tensor, values: int) -> Tensor:
+    book, code = cluster(weight, values)
+    return book[code.long()]
+
+
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), values=st.integers(1, 4))
 def test_the_best_there_is_on_few_weights(seed: int, values: int) -> None:
     """Against all ways to cut nine sorted weights."""

@@ -27,22 +27,22 @@ __all__ = ["OURS", "PEERS", "SIDES", "USUAL", "Learner", "Peer", "missing_peers"
 STEPS = 400  # of the way from nothing to everything
 
 
-def _pruning(budget: float, **options: Any) -> ChannelPruning:
-    return ChannelPruning(Budget(macs=budget), end=0.3, **options)
+def _pruning(budget: float, steps: int, **options: Any) -> ChannelPruning:
+    return ChannelPruning(Budget(macs=budget), end=0.0 if steps == 1 else 0.3, steps=steps, **options)
 
 
-def _taught(budget: float, **options: Any) -> list[L.Callback]:
+def _taught(budget: float, steps: int) -> list[L.Callback]:
     losses = {"kd": Term(KD(temperature=KD_TEMPERATURE), KD_WEIGHT)}
-    return [Distillation("self", losses, task_weight=KD_TASK, metrics=False), _pruning(budget, **options)]
+    return [Distillation("self", losses, task_weight=KD_TASK, metrics=False), _pruning(budget, steps)]
 
 
 OURS: Mapping[str, Callable[[float], list[L.Callback]]] = {
-    "ours": lambda budget: [_pruning(budget)],
-    "ours, at once": lambda budget: [ChannelPruning(Budget(macs=budget), end=0.0, steps=1)],
-    "ours, Taylor": lambda budget: [_pruning(budget, criterion="taylor", start=0.05)],
-    "ours + distillation": _taught,
+    "ours": lambda budget: [_pruning(budget, 1)],
+    "ours, in steps": lambda budget: [_pruning(budget, 5)],
+    "ours, in steps + distillation": lambda budget: _taught(budget, 5),
+    "ours, Taylor": lambda budget: [_pruning(budget, 5, criterion="taylor", start=0.05)],
 }
-"""Name -> callbacks for a budget. The pruning ends after 0.3 of the epochs."""
+"""Name -> callbacks for a budget. Steps are made in the first 0.3 of the epochs."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ PEERS: Mapping[str, Peer] = {
 
 DENSE, THIN = "dense, trained on", "thin, from scratch"
 SIDES = (DENSE, *OURS, *PEERS, THIN)
-USUAL = (DENSE, "ours", "ours + distillation", *PEERS)
+USUAL = (DENSE, "ours", *PEERS)
 """Those that run if nothing else is asked for."""
 
 

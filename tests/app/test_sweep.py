@@ -83,7 +83,7 @@ def test_help_names_the_groups(tmp_path: Path) -> None:
     done = command(tmp_path, "--help")
     assert done.returncode == 0
     assert "arch: lenet300100, lenet5, mobilenetv2_small, resnet20" in done.stdout
-    assert "method: channel_pruning, compact_filters" in done.stdout
+    assert "method: channel_pruning, channel_pruning_group_norm" in done.stdout
 
 
 def test_the_table_shows_both_sides_and_what_differs(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
@@ -87,13 +88,26 @@ class Stages(L.Callback):
         write_json(self.path, self.found)
 
 
+def composed(experiment: str, *overrides: str) -> DictConfig:
+    """The configuration of an experiment."""
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        return compose("train", [f"experiment={experiment}", "data=fashion_mnist", *overrides])
+
+
+def recipe_of(experiment: str) -> dict[str, Any]:
+    """What its results depend on."""
+    config = composed(experiment)
+    found = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(found, dict)
+    return {name: found[name] for name in ("recipe", "task", "dense")} | {"epochs": config.trainer.max_epochs}
+
+
 def run_experiment(experiment: str, seed: int, work: Path, fashion_mnist: Path) -> Found:
     """One job of the command line, and what its stages gave."""
     folder = work / f"{experiment}-{seed}"
     stages = folder / "stages.json"
-    overrides = [
-        f"experiment={experiment}",
-        "data=fashion_mnist",
+    config = composed(
+        experiment,
         f"data.root={fashion_mnist}",
         f"seed={seed}",
         f"output_dir={work}",
@@ -103,9 +117,7 @@ def run_experiment(experiment: str, seed: int, work: Path, fashion_mnist: Path) 
         "trainer.enable_progress_bar=false",
         "+recipe.stages._target_=benchmarks.deep_compression.Stages",
         f"+recipe.stages.path={stages}",
-    ]
-    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
-        config = compose("train", overrides)
+    )
     wall, cpu = time.perf_counter(), time.process_time()
     metrics = run(config, folder)
     seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
@@ -169,7 +181,11 @@ def main() -> None:
     add("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes side by side; here: %(default)s")
     options = parser.parse_args()
     console = console_for()
-    results = Results("deep_compression", options.json or options.work / "results.json", {"first_seed": FIRST_SEED})
+    recipes = {experiment: recipe_of(experiment) for experiment in EXPERIMENTS}
+    try:
+        results = Results("deep_compression", options.json or options.work / "results.json", recipes)
+    except ValueError as error:
+        parser.error(str(error))
     runs: list[Work] = [
         (run_experiment, (experiment, seed, options.work.absolute(), options.fashion_mnist))
         for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)

@@ -169,6 +169,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and blocks")
     parser.add_argument("--repeats", type=int, help="blocks of each side; 4 with --quick, else 10")
     parser.add_argument("--steps", type=int, help="steps counted in each block; 8 with --quick, else 12")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CALLBACK", help="of: %(choices)s")
+    parser.add_argument("--batch", type=int, default=128, help="images in a step; here: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="of torch; with one, times repeat best")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     options = parser.parse_args()
@@ -179,14 +181,16 @@ def main() -> None:
     repeats = options.repeats or (4 if options.quick else 10)
     steps = options.steps or (8 if options.quick else 12)
     generator = torch.Generator().manual_seed(0)
-    batch = (torch.randn(128, 1, 28, 28, generator=generator), torch.randint(10, (128,), generator=generator))
-    cases = {name: CASES[name] for name in (QUICK if options.quick else CASES)}
+    images = torch.randn(options.batch, 1, 28, 28, generator=generator)
+    batch = (images, torch.randint(10, (options.batch,), generator=generator))
+    cases = {name: CASES[name] for name in options.only or (QUICK if options.quick else CASES)}
 
     fit(None, 1, batch)  # what the first run of a process loads belongs to neither side
     found = {name: compare(case, repeats, steps, batch) for name, case in cases.items()}
 
     table = Table(
-        title=f"ResNet-20, batch 128 of 1×28×28, {repeats} blocks of {steps} steps, {options.threads} thread(s)"
+        title=f"ResNet-20, batch {options.batch} of 1×28×28, {repeats} blocks of {steps} steps, "
+        f"{options.threads} thread(s)"
     )
     for column in ("callback", "side", "wall ms", "CPU ms", "wall ratio", "CPU ratio", "in hooks, µs"):
         table.add_column(column, justify="left" if column in ("callback", "side") else "right")

@@ -13,22 +13,19 @@ it was, or prints the table if nothing is left to do.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_results import difference
 from benchmarks.distillation_runs import Place, start_worker
-from benchmarks.pool import Work, console_for, run_all, show
+from benchmarks.pool import Work, add_options, begin, run_all, show
 from benchmarks.pruning_runs import BUDGETS, FULL, QUICK, Recipe, Task, case_of, run, train_dense
 from benchmarks.pruning_sides import DENSE, PEERS, SIDES, USUAL, missing_peers
 from benchmarks.results import Results, mean_of
@@ -102,38 +99,21 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--quick", action="store_true", help="a ResNet-8 and few epochs: for a CPU")
     add("--seeds", type=int, default=3, help="here: %(default)s")
     add("--only", nargs="+", choices=SIDES, default=list(USUAL), metavar="SIDE", help="of: %(choices)s")
-    add("--fashion-mnist", type=Path, default=Path("data"), metavar="FOLDER", help="of its four files")
-    add("--work", type=Path, default=Path("outputs/pruning"), metavar="FOLDER", help="for dense networks")
-    add("--json", type=Path, metavar="FILE", help="results; WORK/quick.json or WORK/full.json")
-    add("--table", type=Path, metavar="FILE", help="write the table there too, as Markdown")
-    jobs = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
-    add("--jobs", type=int, default=jobs, help="processes side by side; here: %(default)s")
-    add("--threads", type=int, default=1, help="of torch, in each of them")
-    add("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
+    add_options(parser, Path("outputs/pruning"))
     return parser.parse_args(), parser
 
 
 def main() -> None:
     """Run from the command line."""
     options, parser = parse()
-    console = console_for()
     missing = missing_peers()
-    if missing:
-        console.print(f"Left out, not installed: {', '.join(missing)} (benchmarks/README.md says how to)")
     sides = [s for s in SIDES if s in options.only and not (s in PEERS and PEERS[s].package in missing)]
     recipe = QUICK if options.quick else FULL
-    path = options.json or options.work / f"{'quick' if options.quick else 'full'}.json"
-    try:
-        results = Results("pruning", path, asdict(recipe))
-    except ValueError as error:
-        parser.error(str(error))
-    options.work.mkdir(parents=True, exist_ok=True)
+    results, console = begin("pruning", options, parser, recipe, missing)
     place = Place(options.fashion_mnist, None, options.work, options.accelerator)
     groups = work_to_do(sides, options.seeds, recipe, place, results)
     if any(groups):
-        images(
-            "fashion-mnist", place, recipe.samples, recipe.augment, recipe.batch_size
-        )  # if it is not there, say so now
+        images("fashion-mnist", place, recipe.samples, recipe.augment, recipe.batch_size)  # is it there?
         run_all(groups, results, options.jobs, partial(start_worker, options.threads), console)
     show(lambda console: print_table(results, recipe, console), options.table)
 

@@ -13,19 +13,16 @@ it was, or prints the tables if nothing is left to do.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation_runs import DATA, Place
-from benchmarks.pool import Work, console_for, run_all, show
+from benchmarks.pool import Work, add_options, begin, run_all, show
 from benchmarks.results import Results
 from benchmarks.training_free_cost import cost_case, measure_cost
 from benchmarks.training_free_nets import FULL, NETS, QUICK, Cell, images
@@ -86,21 +83,13 @@ def time_all(
 def main() -> None:
     """Run from the command line."""
     options, parser = parse()
-    console = console_for()
     missing = missing_peers()
-    if missing:
-        console.print(f"Left out, not installed: {', '.join(missing)} (benchmarks/README.md says how to)")
+    recipe = QUICK if options.quick else FULL
+    results, console = begin("training_free", options, parser, recipe, missing)
     options.only = [name for name in OPERATORS if name in options.only and OPERATORS[name].peer not in missing]
     if options.cifar10 is None and "cifar10" in options.data:
         console.print("Left out: CIFAR-10, for want of --cifar10 FOLDER (benchmarks/README.md says of what)")
         options.data.remove("cifar10")
-    recipe = QUICK if options.quick else FULL
-    path = options.json or options.work / f"{'quick' if options.quick else 'full'}.json"
-    try:
-        results = Results("training_free", path, asdict(recipe))
-    except ValueError as error:
-        parser.error(str(error))
-    options.work.mkdir(parents=True, exist_ok=True)
     place = Place(options.fashion_mnist, options.cifar10, options.work, options.accelerator)
     cells = [Cell(data, net, options.quick) for data in options.data for net in options.nets]
     tasks = [task for cell in cells for task in tasks_of(cell, options.only, options.variants)]
@@ -156,15 +145,8 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         metavar="VARIANT",
         help="of: %(choices)s",
     )
-    add("--fashion-mnist", type=Path, default=Path("data"), metavar="FOLDER", help="of its four files")
     add("--cifar10", type=Path, metavar="FOLDER", help="of train/<class>/ and test/<class>/")
-    add("--work", type=Path, default=Path("outputs/training_free"), metavar="FOLDER", help="for dense networks")
-    add("--json", type=Path, metavar="FILE", help="results; WORK/quick.json or WORK/full.json")
-    add("--table", type=Path, metavar="FILE", help="write the tables there too, as Markdown")
-    jobs = 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
-    add("--jobs", type=int, default=jobs, help="processes side by side; here: %(default)s")
-    add("--threads", type=int, default=1, help="of torch, in each of them")
-    add("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
+    add_options(parser, Path("outputs/training_free"))
     add("--prepare", action="store_true", help="train the dense networks and do nothing else")
     for part, what in {
         "recover": "accuracy after a little training",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.capture import Captured, find_network
@@ -83,6 +84,7 @@ class CompressionCallback(pl.Callback):
         self.done = 0.0
         self.dense: dict[str, float] = {}
         self._milestones: list[Milestone] = []
+        self._network: nn.Module | None = None
 
     # What a method answers.
 
@@ -109,6 +111,12 @@ class CompressionCallback(pl.Callback):
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the edits were applied: new weights, re-estimated statistics."""
 
+    def target(self, pl_module: pl.LightningModule) -> nn.Module:
+        """The network; looked for once in a run, for each step may ask."""
+        if self._network is None:
+            self._network = pl_module.get_submodule(find_network(pl_module, self.network))
+        return self._network
+
     # The life.
 
     @property
@@ -118,7 +126,8 @@ class CompressionCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let checkpoints bring their edits."""
-        find_network(pl_module, self.network)
+        find_network(pl_module, self.network)  # kept later only: `configure_model` comes after this
+        self._network = None  # of a run that ended in an error
         if stage == "fit":
             check_surroundings(trainer)
         replay_on_load(trainer, pl_module)
@@ -126,6 +135,7 @@ class CompressionCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it came."""
         stop_replaying(pl_module)
+        self._network = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Work out when edits are due; refuse a budget that cannot be met."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.capture import find_network
 from lightning_compress.edits import Companions, companion
 
 __all__ = ["HeldWeights", "matches"]
@@ -39,7 +38,6 @@ class HeldWeights(CompressionCallback):
         self.exclude = tuple(exclude)
         self._held: list[tuple[str, nn.Parameter, Tensor]] | None = None
         self._hooks: list[Any] = []
-        self._network: nn.Module | None = None
 
     @abstractmethod
     def hold(self, network: nn.Module) -> None:
@@ -50,12 +48,6 @@ class HeldWeights(CompressionCallback):
         self._held = None
 
     # Which weights.
-
-    def target(self, pl_module: pl.LightningModule) -> nn.Module:
-        """The network; looked for once in a run, for each step asks."""
-        if self._network is None:
-            self._network = pl_module.get_submodule(find_network(pl_module, self.network))
-        return self._network
 
     def choose(self, network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """The weights that may be held, by name, and why others may not: those of at least two dims are asked about."""
@@ -133,7 +125,6 @@ class HeldWeights(CompressionCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._network = None
         self.changed()
 
 

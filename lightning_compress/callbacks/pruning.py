@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.capture import Captured, capture, find_network
+from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.emptying import Emptying, Marked
 from lightning_compress.coupling import Coupling, Location, Settled, trace_coupling
 from lightning_compress.edits import Companions, Edit, history
@@ -158,7 +158,7 @@ class ChannelPruning(CompressionCallback):
     def constrain(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Until the last edit: gather terms of the loss's gradients, where the criterion needs them."""
         if self.done < 1.0 and self.selection.criterion in GATHERED:
-            network = pl_module.get_submodule(find_network(pl_module, self.network))
+            network = self.target(pl_module)
             parameters = dict(network.named_parameters(remove_duplicate=False))
             coupling = self._structure(trainer, pl_module)
             self._saliency = gradient_terms(coupling, parameters, self._saliency, self.selection.criterion)
@@ -170,7 +170,7 @@ class ChannelPruning(CompressionCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._emptying.regularization is None or self.done >= 1.0:
             return
-        network = pl_module.get_submodule(find_network(pl_module, self.network))
+        network = self.target(pl_module)
         self._emptying.pull(
             trainer,
             network,

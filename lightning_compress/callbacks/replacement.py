@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.capture import Captured, capture, find_network
+from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.edits import Edit, Replace, history
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.measured import Stopwatch
@@ -136,7 +136,7 @@ class LayerReplacement(CompressionCallback):
     def edited(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See `CompressionCallback`."""
         assert self._fit is not None
-        self._fit.apply(pl_module.get_submodule(find_network(pl_module, self.network)))
+        self._fit.apply(self.target(pl_module))
         self._fit = None
 
     def state_dict(self) -> dict[str, Any]:

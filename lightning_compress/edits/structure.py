@@ -87,16 +87,17 @@ def skeleton(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None
     return copy.deepcopy(model, memo)
 
 
-def renew(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+def renew(module: nn.Module, make: Callable[[Tensor], Tensor], leaf: str | None = None) -> None:
     """Give a module parameters of its own, made from those that it has and may share with another network.
 
     Args:
         module: the module; its parameters become other objects.
         make: makes the new values.
+        leaf: only those that the modules inside of it call so; None: all.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and leaf in (None, name):
                 part._parameters[name] = nn.Parameter(make(parameter.detach()))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from lightning_compress.edits import renew
+
 __all__ = ["SparseKernels", "is_two_four", "sparse_layers", "use_sparse_kernels"]
 
 _CAPABILITY = (8, 0)  # of the first GPUs with sparse tensor cores (Ampere)
@@ -97,13 +99,11 @@ def use_sparse_kernels(model: nn.Module) -> SparseKernels:
         if reason is not None:
             left[name] = reason
             continue
-        layer = model.get_submodule(name)
         try:
-            sparse = to_sparse_semi_structured(layer.get_parameter("weight").detach().contiguous())
+            renew(model.get_submodule(name), lambda weight: to_sparse_semi_structured(weight.contiguous()), "weight")
         except RuntimeError as error:  # sizes that are no multiples of the kernel's, which differ by library
             left[name] = f"torch refuses: {error}"
         else:
-            layer.register_parameter("weight", nn.Parameter(sparse, requires_grad=False))
             converted.append(name)
     return SparseKernels(tuple(converted), left)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.distillation_runs import Place
 from benchmarks.pruning_sides import DENSE, OURS, PEERS, THIN, Learner, prune_to
 from benchmarks.results import Found
-from benchmarks.training_free_nets import CLASSES, accuracy, channels_last, images, trainer
+from benchmarks.training_free_nets import CLASSES, accuracy, channels_last, images, trainer, widest
 from lightning_compress import measure
 from lightning_compress.files import open_atomic
 from lightning_compress.zoo.feedforward import ResNet
@@ -26,7 +26,6 @@ __all__ = ["BUDGETS", "FULL", "QUICK", "Recipe", "Task", "case_of", "dense_netwo
 
 BUDGETS = (0.5, 0.25)
 DATA = "fashion-mnist"
-WIDTHS = 256  # of the thin network, which a bisection tells apart
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def run(task: Task, recipe: Recipe, place: Place) -> Found:
     elif task.budget is None:
         raise ValueError(f"{task.side} needs a budget")
     elif task.side == THIN:
-        net = _thin(recipe, image, task.budget * before.macs)
+        net = _net(recipe, widest(partial(_net, recipe), task.budget * before.macs, image))
         fit(net, epochs=recipe.dense_epochs + recipe.epochs, lr=recipe.dense_lr)
     elif task.side in OURS:
         fit(net, epochs=recipe.epochs, lr=recipe.lr, callbacks=OURS[task.side](task.budget))
@@ -162,13 +161,3 @@ def _peer(task: Task, net: nn.Module, recipe: Recipe, image: Tensor, macs: float
         fit(net, epochs=learning, lr=recipe.lr, callbacks=[Learner(pruner)])
     prune_to(pruner, net.eval(), image, macs)
     fit(net, epochs=recipe.epochs - learning, lr=recipe.lr)
-
-
-def _thin(recipe: Recipe, image: Tensor, macs: float) -> nn.Module:
-    """The widest network of the same architecture that costs no more."""
-    low, high = 1, WIDTHS
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = measure(_net(recipe, middle / WIDTHS).eval(), image).macs <= macs
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return _net(recipe, low / WIDTHS)

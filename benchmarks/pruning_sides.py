@@ -22,7 +22,7 @@ from lightning_compress import Budget, ChannelPruning, Distillation, measure
 from lightning_compress.distill import Term
 from lightning_compress.distill.losses import KD
 
-__all__ = ["OURS", "PEERS", "SIDES", "USUAL", "Learner", "Peer", "missing_peers", "prune_to"]
+__all__ = ["DENSE", "OURS", "PEERS", "SIDES", "THIN", "USUAL", "Learner", "Peer", "missing_peers", "prune_to"]
 
 STEPS = 400  # of the way from nothing to everything
 

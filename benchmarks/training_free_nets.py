@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.distillation_runs import DecodedFolder, Place
+from lightning_compress import measure
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.files import open_atomic
 from lightning_compress.zoo.datasets import FashionMNIST, ImageDataModule
@@ -43,12 +44,14 @@ __all__ = [
     "marked_table",
     "train_dense",
     "trainer",
+    "widest",
 ]
 
 CLASSES = 10
 CALIBRATION = 512  # unlabelled training images
 CHUNK = 64  # images of one forward pass of the calibration
 TEST_BATCH = 250
+WIDTHS = 512  # widths that a bisection tells apart
 SEED = 1000
 UNSEEN = 1e-4  # share of the training set that is left for validation, which nothing here looks at
 
@@ -146,6 +149,21 @@ class Dense:
     net: nn.Module
     accuracy: float
     seconds: float
+
+
+def widest(build: Callable[[float], nn.Module], macs: float, image: Tensor) -> float:
+    """The largest factor on the channels, up to 1, with which a network costs no more.
+
+    Args:
+        build: makes the network of a width.
+        macs: multiply-accumulates allowed.
+        image: of the size that counts.
+    """
+    low, high = 1, WIDTHS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if measure(build(middle / WIDTHS).eval(), image).macs <= macs else (low, middle - 1)
+    return low / WIDTHS
 
 
 def channels_last(net: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.distillation_runs import Place
 from benchmarks.results import Found
-from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table
+from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table, widest
 from benchmarks.training_free_runs import REFUSALS, Task
 from benchmarks.training_free_sides import OPERATORS, compress
 from lightning_compress import measure
@@ -35,7 +35,6 @@ BATCHES = (1, 32)
 THIN = "thin"
 PARITY = 1e-4  # largest difference of an exported network's outputs, relative to their largest
 FASTER = 1.05  # below it a network is not called faster: what repeated runs differ by
-WIDTHS = 512  # widths that the bisection tells apart
 
 
 class Exported(nn.Module):
@@ -86,14 +85,11 @@ def _quiet() -> Iterator[None]:
 def thin_network(cell: Cell, macs: int, image: Tensor) -> tuple[nn.Module, float]:
     """The widest network of the same architecture with at most so many multiply-accumulates, and its width."""
 
-    def made(step: int) -> nn.Module:
-        return build(cell.net, image.shape[1], step / WIDTHS).eval()
+    def made(width: float) -> nn.Module:
+        return build(cell.net, image.shape[1], width).eval()
 
-    low, high = 1, WIDTHS
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if measure(made(middle), image).macs <= macs else (low, middle - 1)
-    return made(low), low / WIDTHS
+    width = widest(made, macs, image)
+    return made(width), width
 
 
 def tasks_to_time(cell: Cell, tasks: list[Task]) -> list[Task]:

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Small networks are as fast on one thread, and do not choke on a busy machine; tests run side by side instead.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help install quickstart test test-fast lint type format notebooks docs bench clean
+.PHONY: help install quickstart test test-fast fuzz lint type format notebooks docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
@@ -50,6 +50,9 @@ test: $(STAMP) ## everything that must hold before a change goes in: lint, forma
 
 test-fast: $(STAMP) ## the tests alone, until the first failure
 	$(PYTEST) -m "not slow" -x -q
+
+fuzz: $(STAMP) ## the property tests on examples that nobody has seen yet
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m "hypothesis and not slow"
 
 lint: $(STAMP) ## ruff: style and docstrings
 	$(BIN)/ruff check .

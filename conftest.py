@@ -11,6 +11,13 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A change passes or fails for what it is: property tests draw the same examples each time, unless new ones are asked
+# for by `make fuzz`, which looks for faults nobody has seen yet.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("fuzz", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(autouse=True)

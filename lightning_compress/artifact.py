@@ -2,7 +2,8 @@
 
 The file holds the tensors under the names that the original network gives them, and in its metadata the edits, what
 the original looked like, and a checksum of the whole. There is no pickle in it. Tensors that are tied are stored once;
-those with zeros or repeated values are entropy-coded where that is smaller.
+those with zeros or repeated values are entropy-coded where that is smaller. Quantized weights are stored as integers,
+so that of 4 or 2 bits, coded, no more are left.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lightning_compress.edits import (
     rewind_edits,
     skeleton,
 )
+from lightning_compress.methods.quantization import integers, quantized_weights
 from lightning_compress.quiet import without_observers
 
 __all__ = ["ArtifactError", "artifact_bytes", "load_compressed", "read_metadata", "save_compressed"]
@@ -108,6 +110,8 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module
             "others; load into a freshly made network"
         )
     pending = () if applied else edits
+    for name, kind in manifest["integers"].items():
+        tensors[name] = _as_numbers(tensors[name], tensors[f"{name}_step"], getattr(torch, kind))
     state = {**tensors, **{alias: tensors[name] for alias, name in manifest["aliases"].items()}}
     with without_observers(network):
         trial = skeleton(network)
@@ -153,14 +157,27 @@ def _contents(model: nn.Module, metadata: Mapping[str, Any] | None) -> tuple[dic
     passing = _passing(model)
     tensors, aliases = _unique_state(model, passing)
     known = {*tensors, *aliases, *passing}
+    whole = {
+        name: integers(weight, step, grid)
+        for name, weight, step, grid in quantized_weights(model)
+        if name in tensors and step.shape == weight.shape[:1]
+    }
+    kinds = {name: str(tensors[name].dtype).removeprefix("torch.") for name in whole}
+    tensors |= whole
     unsaved = {name: tensor for name, tensor in named_tensors(model) if name not in known}
     return tensors, {
         "edits": edits_to_json(_lasting(model)),
         "architecture": {name: list(shape) for name, shape in _dense_shapes(model).items()},
         "aliases": aliases,
+        "integers": kinds,
         "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in unsaved.items()},
         "metadata": dict(metadata or {}),
     }
+
+
+def _as_numbers(whole: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers times their steps."""
+    return (whole.float() * step.view(-1, *[1] * (whole.dim() - 1))).to(dtype)
 
 
 def _lasting(model: nn.Module) -> tuple[Edit, ...]:

@@ -23,6 +23,8 @@ class Budget:
         macs: multiply-accumulates of one sample.
         params: parameters.
         bytes: size of the file.
+        bit_operations: multiply-accumulates of one sample, each times the bits of its weight and of its value; those of
+            a network that is not quantized have 32 and 32. For quantization alone.
         latency: of a batch of 32 in eager torch on this machine; an integer is microseconds.
 
     Raises:
@@ -40,6 +42,7 @@ class Budget:
     params: float | int | None = None
     bytes: float | int | None = None
     latency: float | int | None = None
+    bit_operations: float | int | None = None
 
     def __post_init__(self) -> None:
         given = self.given()
@@ -60,6 +63,17 @@ class Budget:
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, from what the dense network costs in each unit."""
         return {unit: float(value * dense[unit] if value <= 1 else value) for unit, value in self.given().items()}
+
+    def refuse(self, *units: str) -> None:
+        """Raise if the budget is in a unit that a method knows nothing of.
+
+        Raises:
+            ValueError: it is.
+        """
+        for unit in units:
+            if unit in self.given():
+                others = ", ".join(name for name in asdict(self) if name not in units)
+                raise ValueError(f"this method cannot keep a budget of {unit}; it can of {others}")
 
     def relaxed(self, fraction: float, dense: Mapping[str, float]) -> dict[str, float]:
         """Limits on the way: `fraction` of the distance from the dense network (0) to the budget (1)."""

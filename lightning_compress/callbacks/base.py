@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ from lightning_compress.callbacks.surroundings import (
 )
 from lightning_compress.callbacks.timing import Milestone, milestones
 from lightning_compress.checkpoints import record_edits
-from lightning_compress.edits import Edit, apply_edits, edits_from_json, edits_to_json
+from lightning_compress.edits import Edit, Quantize, apply_edits, edits_from_json, edits_to_json, history
 from lightning_compress.schedule import SCHEDULES
 
 __all__ = ["CompressionCallback"]
@@ -117,6 +118,18 @@ class CompressionCallback(pl.Callback):
             self._network = pl_module.get_submodule(find_network(pl_module, self.network))
         return self._network
 
+    def refuse_finished(self, network: nn.Module) -> None:
+        """Raise if an earlier run has left the network in a state that the method cannot go on from.
+
+        Raises:
+            MisconfigurationException: it is quantized.
+        """
+        if any(isinstance(edit, Quantize) for edit in history(network)):
+            raise MisconfigurationException(
+                f"the network is quantized already, and quantization comes last: {type(self).__name__} goes before it, "
+                "on the network as it was then"
+            )
+
     # The life.
 
     @property
@@ -141,6 +154,7 @@ class CompressionCallback(pl.Callback):
         """Work out when edits are due; refuse a budget that cannot be met."""
         self._milestones = milestones(trainer, self.start, self.end, self.steps, SCHEDULES[self.schedule])
         if not self.dense:
+            self.refuse_finished(self.target(pl_module))
             self.dense = self.check(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,20 +186,26 @@ class CompressionCallback(pl.Callback):
         due = [m.amount for m in self._milestones if m.unit == unit and m.at <= now]
         if not due or due[-1] <= self.done:
             return
-        captured, edits, frozen = self.edit(trainer, pl_module, due[-1])
+        if self.apply_edits(trainer, pl_module, due[-1]):
+            rank_zero_info(f"{type(self).__name__}: {due[-1]:.0%} of the way to its budget at {unit} {now}")
+
+    def apply_edits(self, trainer: pl.Trainer, pl_module: pl.LightningModule, amount: float) -> bool:
+        """Bring the network `amount` of the way to the budget; whether anything was done."""
+        captured, edits, frozen = self.edit(trainer, pl_module, amount)
         path = captured.path
         # Every rank has planned; rank 0's plan is the one that counts.
         edits = edits_from_json(trainer.strategy.broadcast(edits_to_json(edits)))
-        if edits or self.settles_values:
-            _tell(trainer, "before_edits", pl_module, path)
-            self.prepare(captured, edits)
-            changes = apply_edits(captured.network, edits)
-            self.edited(trainer, pl_module)
-            follow(trainer, pl_module, path, edits, changes)
-            forget_best(trainer)
-            _tell(trainer, "after_edits", pl_module, path, list(edits), dict(frozen))
-            rank_zero_info(f"{type(self).__name__}: {due[-1]:.0%} of the way to its budget at {unit} {now}")
-        self.done = due[-1]
+        self.done = amount
+        if not edits and not self.settles_values:
+            return False
+        _tell(trainer, "before_edits", pl_module, path)
+        self.prepare(captured, edits)
+        changes = apply_edits(captured.network, edits)
+        self.edited(trainer, pl_module)
+        follow(trainer, pl_module, path, edits, changes)
+        forget_best(trainer)
+        _tell(trainer, "after_edits", pl_module, path, list(edits), dict(frozen))
+        return True
 
     # Checkpoints.
 

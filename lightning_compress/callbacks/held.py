@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -14,8 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.edits import Companions, companion
+from lightning_compress.methods.patterns import matches, unmatched
 
-__all__ = ["HeldWeights", "matches"]
+__all__ = ["HeldWeights"]
 
 
 class HeldWeights(CompressionCallback):
@@ -72,10 +72,9 @@ class HeldWeights(CompressionCallback):
         Raises:
             MisconfigurationException: a pattern matches nothing; there is no weight.
         """
-        names = {*dict(network.named_parameters()), *dict(network.named_modules())}
-        for pattern in [*self.exclude, *patterns]:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise MisconfigurationException(f"pattern {pattern!r} matches no parameter and no module")
+        nothing = unmatched(network, [*self.exclude, *patterns])
+        if nothing is not None:
+            raise MisconfigurationException(f"pattern {nothing!r} matches no parameter and no module")
         chosen, left = self.choose(network)
         if not chosen:
             why = "; ".join(f"{name} {reason}" for name, reason in list(left.items())[:5])
@@ -126,9 +125,3 @@ class HeldWeights(CompressionCallback):
             hook.remove()
         self._hooks.clear()
         self.changed()
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a parameter's name, or that of a module that it is in."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))

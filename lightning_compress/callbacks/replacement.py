@@ -51,6 +51,8 @@ class LayerReplacement(CompressionCallback):
         super().__init__(**life)
         if budget is not None and not isinstance(budget, Budget):
             raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+        if budget is not None:
+            budget.refuse("bit_operations")
         if init not in get_args(Init):
             raise ValueError(f"`init` must be one of {', '.join(get_args(Init))}, got {init!r}")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:

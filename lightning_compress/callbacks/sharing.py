@@ -14,10 +14,11 @@ from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
-from lightning_compress.callbacks.held import HeldWeights, matches
+from lightning_compress.callbacks.held import HeldWeights
 from lightning_compress.edits import Edit, companion
 from lightning_compress.methods.calibration import input_norms
 from lightning_compress.methods.coding import encode
+from lightning_compress.methods.patterns import matches
 from lightning_compress.methods.sharing import MAX_BITS, Start, cluster, settle, share_within, tie
 from lightning_compress.optimizers import states_like
 

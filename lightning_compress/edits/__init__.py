@@ -7,6 +7,7 @@ has been through is its `history`; the checkpoint, the artifact and the report a
 
 from lightning_compress.edits.companions import ROLES, Companions, companion, companions
 from lightning_compress.edits.keep import Attribute, Keep
+from lightning_compress.edits.quantize import Quantize
 from lightning_compress.edits.replace import Replace
 from lightning_compress.edits.replay import (
     EDIT_KINDS,
@@ -29,6 +30,7 @@ __all__ = [
     "Edit",
     "EditError",
     "Keep",
+    "Quantize",
     "Replace",
     "Replacement",
     "Spec",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors
+from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, refuse_quantized
 
 __all__ = ["ROLES", "Companions", "companion", "companions"]
 
@@ -56,6 +56,7 @@ class Companions:
                 raise EditError(f"edit of {name!r}: the network has no such parameter; is it another architecture?")
             if tuple(found.shape) != shape:
                 raise EditError(f"edit of {name!r}: expected shape {list(shape)}, got {list(found.shape)}")
+            refuse_quantized(model, name)
             if f"{name}_{self.role}" in tensors:
                 raise EditError(f"edit of {name!r}: it has a {self.role} already")
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from lightning_compress.edits.companions import ROLES
-from lightning_compress.edits.structure import Change, EditError, Replacement, index, named_tensors, set_data
+from lightning_compress.edits.structure import (
+    Change,
+    EditError,
+    Replacement,
+    index,
+    named_tensors,
+    refuse_quantized,
+    set_data,
+)
 
 __all__ = ["Attribute", "Keep"]
 
@@ -69,6 +77,7 @@ class Keep:
                     f"edit of {name!r}: expected shape {list(self.sizes[name])}, got {list(shapes[name])}; "
                     "was it applied before, or is this another architecture?"
                 )
+            refuse_quantized(model, name)
             for dim, indices in dims.items():
                 size = self.sizes[name][dim] if dim < len(self.sizes[name]) else 0
                 ordered = list(indices) == sorted(set(indices))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.edits.companions import companions
 from lightning_compress.edits.specs import Spec, build, describe, frozen_spec, show
-from lightning_compress.edits.structure import Change, EditError, Replacement
+from lightning_compress.edits.structure import Change, EditError, Replacement, refuse_quantized
 
 __all__ = ["Replace"]
 
@@ -64,6 +64,8 @@ class Replace:
                 raise EditError(
                     f"edit of {path!r}: its weights are pruned or shared or latent ({beside[0]}), which would be lost"
                 )
+            for name, _ in modules[path].named_parameters():
+                refuse_quantized(modules[path], name)
             build(after, torch.empty(0, device="meta"))
 
     def apply(self, model: nn.Module) -> list[Change | Replacement]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_compress.edits.companions import Companions
 from lightning_compress.edits.keep import Keep
+from lightning_compress.edits.quantize import Quantize
 from lightning_compress.edits.replace import Replace
 from lightning_compress.edits.structure import Change, EditError, Replacement, skeleton
 from lightning_compress.quiet import without_observers
@@ -17,9 +18,9 @@ __all__ = ["EDIT_KINDS", "Edit", "apply_edits", "edits_from_json", "edits_to_jso
 
 _HISTORY = "_compression_history"
 
-Edit = Keep | Replace | Companions
-EDIT_KINDS: Mapping[str, type[Keep] | type[Replace] | type[Companions]] = {
-    kind.kind: kind for kind in (Keep, Replace, Companions)
+Edit = Keep | Replace | Companions | Quantize
+EDIT_KINDS: Mapping[str, type[Keep] | type[Replace] | type[Companions] | type[Quantize]] = {
+    kind.kind: kind for kind in (Keep, Replace, Companions, Quantize)
 }
 
 

@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Change", "EditError", "Replacement", "index", "named_tensors", "renew", "set_data", "skeleton"]
+from lightning_compress.quantized import scope_of
+
+__all__ = [
+    "Change",
+    "EditError",
+    "Replacement",
+    "index",
+    "named_tensors",
+    "refuse_quantized",
+    "renew",
+    "set_data",
+    "skeleton",
+]
 
 
 class EditError(ValueError):
@@ -60,6 +72,18 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under every name it has, tied and non-persistent ones included."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def refuse_quantized(model: nn.Module, name: str) -> None:
+    """Raise if a tensor is in a layer that is quantized: its steps are those of the channels that it has.
+
+    Raises:
+        EditError: it is.
+    """
+    path = name.rpartition(".")[0]
+    scope = scope_of(model.get_submodule(path))
+    if scope is not None and (scope.weights or scope.folded):
+        raise EditError(f"edit of {name!r}: {path!r} is quantized; quantization comes last, after every other method")
 
 
 def skeleton(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ from lightning_compress.callbacks.factorization import LowRankFactorization
 from lightning_compress.callbacks.filters import CompactFilters
 from lightning_compress.callbacks.latent import LowBitWeights
 from lightning_compress.callbacks.pruning import ChannelPruning
+from lightning_compress.callbacks.quantization import Quantization
 from lightning_compress.callbacks.sharing import WeightSharing
 from lightning_compress.callbacks.weights import WeightPruning
 from lightning_compress.distill import Term
@@ -31,6 +32,7 @@ class Method:
         budget: the fraction that is asked for; None: the method makes nothing smaller.
         slack: how far below the budget it may end, in fractions of the dense network: its choices may be few.
         twice: the fraction that is asked for twice, one run after another.
+        last: nothing may come after it, so that a second run is refused.
         renames: layers are replaced, so that tensors have other names.
     """
 
@@ -40,6 +42,7 @@ class Method:
     slack: float = 0.02
     twice: float = 0.7
     renames: bool = False
+    last: bool = False
 
     def make(self, fraction: float | None = None) -> list[L.Callback]:
         """The callbacks, for the row's budget or another fraction of it."""
@@ -105,6 +108,21 @@ METHODS: dict[str, Method] = {
     "low_bit_dkm": Method(lambda _: [LowBitWeights("dkm", bits=2, start=1, harden=3)], budget=None),
     "low_bit_binary_then_pruning": Method(
         lambda _: [LowBitWeights("binary", start=1), *_pruning(start=2)(Budget(macs=0.6))], budget=None
+    ),
+    "quantization": Method(lambda _: [Quantization(start=1, samples=32)], budget=None),
+    "quantization_low_bits": Method(
+        lambda _: [Quantization(2, start=1, end=3, learn="lsq+", rounding="nearest", samples=32)], budget=None
+    ),
+    "quantization_pact": Method(
+        lambda _: [Quantization(4, 4, start=2, learn="pact", freeze=0.3, target="gpu", samples=32)], budget=None
+    ),
+    "pruning_then_quantization": Method(
+        lambda budget: [
+            Distillation("self"),
+            *_pruning(end=2)(budget),
+            Quantization(start=3, samples=32, equalization=True),
+        ],
+        last=True,
     ),
     "low_rank": Method(_low_rank(), budget=0.6, renames=True),
     "low_rank_tucker": Method(_low_rank(decomposition="tucker"), budget=0.6, slack=0.06, renames=True),

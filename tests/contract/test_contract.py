@@ -11,12 +11,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.budget import BudgetError
 from lightning_compress.edits import EditError, Replace, apply_edits, companions, history
 from lightning_compress.footprint import Footprint, measure
+from lightning_compress.quantized import scope_of
 from tests.contract.methods import METHODS, Method
 from tests.contract.nets import NETS
 from tests.contract.runs import EPOCHS, Metrics, data, fit, task
@@ -35,6 +37,18 @@ every_net = pytest.mark.parametrize("net", NETS)
 
 def footprint(net: torch.nn.Module) -> Footprint:
     return measure(net, torch.zeros(2, 1, 8, 8))
+
+
+def quantization_buffers(net: torch.nn.Module) -> list[str]:
+    """Steps and zero points, which quantization adds."""
+    scopes = [(path, scope_of(part)) for path, part in net.named_modules()]
+    names = []
+    for path, scope in scopes:
+        if scope is not None:
+            own = [f"{leaf}_step" for leaf in scope.weights]
+            own += [f"{prefix}_{what}" for prefix, _ in scope.grids() for what in ("step", "zero")]
+            names += [f"{path}.{name}".lstrip(".") for name in own]
+    return names
 
 
 def state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
@@ -190,12 +204,17 @@ def test_twice(method: Method, net: str, tmp_path: Path) -> None:
     fit(module, tmp_path / "first", *method.make(method.twice))
     edits = history(module.net)
     before = dict(module.state_dict())
-    with pytest.raises(EditError, match="was it applied before"):
+    with pytest.raises(EditError, match=r"was it applied before|is quantized"):
         apply_edits(module.net, edits)
     assert_identical(before, dict(module.state_dict()))
     once = getattr(footprint(module.net), method.unit)
     again = task(net)
     again.net = module.net
+    if method.last:
+        with pytest.raises(MisconfigurationException, match="comes last"):
+            fit(again, tmp_path / "second", *method.make(method.twice))
+        assert_identical(before, dict(module.state_dict()))
+        return
     fit(again, tmp_path / "second", *method.make(method.twice))
     assert getattr(footprint(module.net), method.unit) <= method.twice * once
     assert history(module.net)[: len(edits)] == edits
@@ -211,6 +230,7 @@ def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: 
     fit(module, tmp_path, *method.make())
     model = module.net.eval()
     beside = {f"{path}.{name}" for path, part in model.named_modules() for name in companions(part)}
+    beside |= set(quantization_buffers(model))
     names = [name for name in model.state_dict() if name not in beside]  # masks are for training, and in no artifact
     before = list(NETS[net]().state_dict())
     if method.renames:  # what replaces a layer lives under its name; all else keeps its own

@@ -1,0 +1,243 @@
+"""A network quantized after training: everything that a few hundred unlabelled inputs can do for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.budget import Budget
+from lightning_compress.calls import Call, as_calls
+from lightning_compress.edits import Quantize, apply_edits, skeleton
+from lightning_compress.methods.equalization import equalize
+from lightning_compress.methods.mixed import share_bits
+from lightning_compress.methods.observers import OBSERVERS
+from lightning_compress.methods.patterns import matches, unmatched
+from lightning_compress.methods.placement import Placement, find_places
+from lightning_compress.methods.quantization import BITS, VALUE_BITS, calibrate, plan
+from lightning_compress.methods.rounding import ROUNDINGS, fit_rounding
+from lightning_compress.methods.targets import TARGETS, this_machine
+from lightning_compress.quiet import without_observers
+
+__all__ = ["Precision", "Prepared", "prepare", "quantize"]
+
+ORIGIN = "quantization"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a network is to be quantized.
+
+    Attributes:
+        bits: of weights: 8, 4, 3 or 2; or pattern of parameter or module names -> bits, where the first that matches
+            counts and weights that none matches get 8.
+        value_bits: of the values between layers: 8 or 4.
+        ends: whether the first and the last layer take part in fewer bits than 8. By default they do not: they hold few
+            of the weights, and much of the accuracy.
+        budget: of `bytes` or `bit_operations`: bits are shared out over weights instead, by what the outputs lose.
+        observer: how the ranges of values are found: `minmax`, `percentile`, `mse`, `entropy`.
+        rounding: of weights: to the `nearest`; `corrected`, with biases that take up what the means have moved; or
+            `joint`, so that the error of a layer's outputs is least, and corrected.
+        equalization: exchange scales between layers first.
+        target: the processor that it will run on: `avx2`, `vnni`, `arm`, `gpu`; None: this machine's.
+        exclude: patterns of parameter or module names that stay as they are.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> Precision(bits=5)
+        Traceback (most recent call last):
+        ValueError: `bits` must be one of 8, 4, 3, 2, got 5
+    """
+
+    bits: int | Mapping[str, int] = 8
+    value_bits: int = 8
+    ends: bool = False
+    budget: Budget | None = None
+    observer: str = "mse"
+    rounding: str = "joint"
+    equalization: bool = False
+    target: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for value in self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]:
+            _one_of("bits", value, BITS)
+        _one_of("value_bits", self.value_bits, VALUE_BITS)
+        _one_of("observer", self.observer, tuple(OBSERVERS))
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("target", self.target, (None, *TARGETS))
+        for name in ("ends", "equalization"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}")
+        if self.budget is not None:
+            if not isinstance(self.budget, Budget):
+                raise ValueError(f"`budget` must be a Budget, e.g. Budget(bytes=0.1), got {self.budget!r}")
+            self.budget.refuse("macs", "params", "latency")
+            if self.bits != 8:
+                raise ValueError(f"give either `bits` or `budget`, got bits={self.bits!r} and budget={self.budget!r}")
+
+    @property
+    def machine(self) -> str:
+        """The target, said or found."""
+        return self.target or this_machine()
+
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns, each of which has to match something."""
+        return (*self.exclude, *(self.bits if isinstance(self.bits, Mapping) else ()))
+
+    def of(self, names: Sequence[str]) -> dict[str, int]:
+        """Bits of each weight, in the order that data reaches them."""
+        found = {}
+        for place, name in enumerate(names):
+            outer = place in (0, len(names) - 1) and not self.ends
+            if isinstance(self.bits, Mapping):
+                found[name] = next((bits for pattern, bits in self.bits.items() if matches(name, pattern)), 8)
+            else:
+                found[name] = 8 if outer else self.bits
+        return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is ready to be quantized.
+
+    Attributes:
+        edit: what is rounded where.
+        state: the state dict that it has then.
+        placement: where it is quantized, and what is left.
+        bits: name of a weight -> bits.
+        errors: path of a layer -> output error that is left, relative to the energy of the outputs.
+    """
+
+    edit: Quantize
+    state: Mapping[str, Tensor]
+    placement: Placement
+    bits: Mapping[str, int]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module) -> None:
+        """Set the tensors of a network that has been through `edit`."""
+        model.load_state_dict(self.state)
+
+
+def places(model: nn.Module, calls: Sequence[Call], precision: Precision) -> Placement:
+    """Where a network is quantized.
+
+    Raises:
+        ValueError: a pattern matches nothing, or there is nothing to quantize.
+    """
+    nothing = unmatched(model, precision.patterns())
+    if nothing is not None:
+        raise ValueError(f"pattern {nothing!r} matches no parameter and no module")
+
+    def excluded(name: str) -> str | None:
+        found = [pattern for pattern in precision.exclude if matches(name, pattern)]
+        return f"is excluded by pattern {found[0]!r}" if found else None
+
+    placement = find_places(model, calls, excluded)
+    if not placement.weights:
+        why = "; ".join(f"{name} {reason}" for name, reason in list(placement.left.items())[:5])
+        raise ValueError(f"there is no weight to quantize: {why or 'none has two dims'}")
+    return placement
+
+
+def prepare(
+    model: nn.Module, calls: Sequence[Call], precision: Precision, dense: Mapping[str, float] | None = None
+) -> Prepared:
+    """Quantize a copy of a network.
+
+    Args:
+        model: the network; it is not changed.
+        calls: calibration data.
+        precision: how.
+        dense: what the network cost before, in the units of a budget.
+
+    Raises:
+        ValueError: nothing to quantize, or calibration data that is missing or not finite.
+        BudgetError: a budget that cannot be met.
+    """
+    placement = places(model, calls[:1], precision)
+    with without_observers(model):
+        original, trial = (skeleton(model, torch.clone) for _ in range(2))
+    original.eval()
+    if precision.equalization:
+        for network in (original, trial):
+            equalize(network, placement.pairs)
+    bits = precision.of(placement.weights)
+    if precision.budget is not None:
+        assert dense is not None
+        with without_observers(model):
+            first = skeleton(trial, torch.clone)
+        widest = dict.fromkeys(placement.weights, BITS[0])
+        apply_edits(first, [plan(placement, widest, precision.value_bits, precision.machine, precision.ends, ORIGIN)])
+        calibrate(first, placement, calls, precision.observer)
+        bits = share_bits(
+            first, calls, precision.budget, dense, placement.macs, precision.value_bits, precision.machine
+        )
+    edit = plan(placement, bits, precision.value_bits, precision.machine, precision.ends, ORIGIN)
+    apply_edits(trial, [edit])
+    calibrate(trial, placement, calls, precision.observer)
+    errors = fit_rounding(original, trial, calls, precision.rounding)
+    return Prepared(edit, trial.state_dict(), placement, bits, errors)
+
+
+def quantize(model: nn.Module, inputs: Tensor | Call | Sequence[Any], **precision: Any) -> Prepared:
+    """Quantize a trained network, without training.
+
+    Args:
+        model: the network; it is changed in place, and computes with rounded weights and values from then on.
+        inputs: a few hundred unlabelled inputs: a tensor, a tuple of arguments, or calls.
+        precision: the attributes of `Precision`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: an argument out of range, nothing to quantize, or inputs that are not finite.
+        BudgetError: a budget that cannot be met.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(256, 8)
+        >>> before = net(x)
+        >>> prepared = quantize(net, x)
+        >>> prepared.edit.target == this_machine(), bool((net(x) - before).abs().max() < 0.05)
+        (True, True)
+    """
+    asked = Precision(**precision)
+    calls = as_calls(inputs)
+    dense = None if asked.budget is None else costs(model, places(model, calls[:1], asked))
+    prepared = prepare(model, calls, asked, dense)
+    apply_edits(model, [prepared.edit])
+    prepared.apply(model)
+    return prepared
+
+
+def costs(model: nn.Module, placement: Placement) -> dict[str, float]:
+    """What a network costs in the units of budgets, before it is quantized."""
+    from lightning_compress.artifact import artifact_bytes
+    from lightning_compress.methods.mixed import FLOAT_BITS
+
+    return {
+        "bytes": float(artifact_bytes(model)),
+        "bit_operations": sum(placement.macs.values()) * FLOAT_BITS**2,
+    }
+
+
+def regrid(prepared: Quantize, bits: Mapping[str, int]) -> Quantize:
+    """The edit that gives quantized weights other bits."""
+    machine = TARGETS[prepared.target]
+    new = {name: machine.weights(count) for name, count in bits.items()}
+    changed = {name: grid for name, grid in new.items() if grid != prepared.weights[name]}
+    old = {name: prepared.weights[name] for name in changed}
+    return replace(prepared, weights=changed, before=old, values={}, inputs={}, scopes=(), folded=())
+
+
+def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")

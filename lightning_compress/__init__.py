@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.filters import CompactFilters
     from lightning_compress.callbacks.latent import LowBitWeights
     from lightning_compress.callbacks.pruning import ChannelPruning
+    from lightning_compress.callbacks.quantization import Quantization
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.callbacks.sharing import WeightSharing
     from lightning_compress.callbacks.weights import WeightPruning
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from lightning_compress.distill.module import DistillationModule
     from lightning_compress.distill.mutual import MutualModule
     from lightning_compress.edits import apply_edits, history
+    from lightning_compress.export import export
     from lightning_compress.footprint import Footprint, measure
     from lightning_compress.methods.factorization import factorize
     from lightning_compress.methods.filters import compact_filters
+    from lightning_compress.methods.posttraining import quantize
     from lightning_compress.methods.pruning import prune_channels
     from lightning_compress.methods.reparameterization import expand, reparameterize
     from lightning_compress.methods.semi_structured import use_sparse_kernels
@@ -46,17 +49,20 @@ __all__ = [
     "LowBitWeights",
     "LowRankFactorization",
     "MutualModule",
+    "Quantization",
     "WeightPruning",
     "WeightSharing",
     "apply_edits",
     "compact_filters",
     "expand",
+    "export",
     "factorize",
     "history",
     "load_compressed",
     "load_from_checkpoint",
     "measure",
     "prune_channels",
+    "quantize",
     "reparameterize",
     "save_compressed",
     "use_sparse_kernels",
@@ -74,17 +80,20 @@ _HOMES = {
     "LowBitWeights": "lightning_compress.callbacks.latent",
     "LowRankFactorization": "lightning_compress.callbacks.factorization",
     "MutualModule": "lightning_compress.distill.mutual",
+    "Quantization": "lightning_compress.callbacks.quantization",
     "WeightPruning": "lightning_compress.callbacks.weights",
     "WeightSharing": "lightning_compress.callbacks.sharing",
     "apply_edits": "lightning_compress.edits",
     "compact_filters": "lightning_compress.methods.filters",
     "expand": "lightning_compress.methods.reparameterization",
+    "export": "lightning_compress.export",
     "factorize": "lightning_compress.methods.factorization",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",
     "load_from_checkpoint": "lightning_compress.checkpoints",
     "measure": "lightning_compress.footprint",
     "prune_channels": "lightning_compress.methods.pruning",
+    "quantize": "lightning_compress.methods.posttraining",
     "reparameterize": "lightning_compress.methods.reparameterization",
     "save_compressed": "lightning_compress.artifact",
     "use_sparse_kernels": "lightning_compress.methods.semi_structured",

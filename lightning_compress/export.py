@@ -176,6 +176,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"cannot be exported to ONNX: {error}") from error
     assert onnx_program is not None
+    for node in onnx_program.model.graph.all_nodes():  # where in the source each came from takes more than the weights
+        node.metadata_props.clear()
     onnx_program.save(path)
 
 

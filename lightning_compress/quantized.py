@@ -162,7 +162,7 @@ class Rounding(Calls):
         """The arguments with the rounded weight."""
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         for leaf, grid in scope.weights.items():
-            if weight is not None and weight is module._parameters[leaf]:
+            if module._parameters.get(leaf) is weight and isinstance(weight, Tensor):
                 new = self.rounded_weight(module, leaf, grid, weight)
                 return ((args[0], new, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "weight": new})
         return args, kwargs

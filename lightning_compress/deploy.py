@@ -194,10 +194,8 @@ class Emitting(Rounding):
         if leaf is None or f"{name}_integers" not in module._buffers:
             return func(*args, **kwargs)
         whole = {what: module.get_buffer(f"{name}_{what}") for what in ("integers", "scale", "bias", "bias_scale")}
-        weight = _dequantize(
-            whole["integers"], whole["scale"], torch.zeros_like(whole["integers"][..., :1].flatten(1)[:, 0]), 0
-        )
-        bias = _dequantize(whole["bias"], whole["bias_scale"], torch.zeros_like(whole["bias"]), 0)
+        weight = _dequantize(whole["integers"], whole["scale"], module._buffers.get(f"{name}_zero"), 0)
+        bias = _dequantize(whole["bias"], whole["bias_scale"], None, 0)
         if place[0] == "linear" and args[0].dim() == 2:
             shape = (args[0].shape[0], weight.shape[0])
             inputs = (args[0], weight, bias)
@@ -246,6 +244,8 @@ def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantize
     name = f"{leaf}_{call}"
     module.register_buffer(f"{name}_integers", whole)
     module.register_buffer(f"{name}_scale", scale)
+    if call.startswith("linear"):  # ONNX Runtime fuses a Gemm only if its weight has a zero point
+        module.register_buffer(f"{name}_zero", torch.zeros_like(scale, dtype=torch.int8))
     module.register_buffer(f"{name}_bias", (shift / unit_scale.double()).round().to(torch.int32))
     module.register_buffer(f"{name}_bias_scale", unit_scale)
 
@@ -262,9 +262,9 @@ def _round_trip(x: Tensor, by: Quantizer) -> Tensor:
     return _dequantize(whole, by.step, zero, None)
 
 
-def _dequantize(whole: Tensor, scale: Tensor, zero: Tensor, axis: int | None) -> Tensor:
+def _dequantize(whole: Tensor, scale: Tensor, zero: Tensor | None, axis: int | None) -> Tensor:
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-    inputs = (whole, scale, zero)
+    inputs = (whole, scale) if zero is None else (whole, scale, zero)
     return torch.onnx.ops.symbolic("DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=whole.shape)
 
 

@@ -176,8 +176,14 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"cannot be exported to ONNX: {error}") from error
     assert onnx_program is not None
-    for node in onnx_program.model.graph.all_nodes():  # where in the source each came from takes more than the weights
+    graph = onnx_program.model.graph
+    graph.metadata_props.clear()
+    for constant in graph.initializers.values():
+        constant.metadata_props.clear()
+    for node in graph.all_nodes():  # where in the source each came from takes more than the weights
         node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     onnx_program.save(path)
 
 

@@ -25,6 +25,9 @@ from lightning_compress.quantized import reset
 
 __all__ = ["Quantization"]
 
+CALM = 0.2
+"""Of the highest learning rate, below which BatchNorm may be frozen."""
+
 
 class Quantization(CompressionCallback):
     """Compute with integers: quantize the network after training, or train it quantized from some epoch on.
@@ -45,7 +48,8 @@ class Quantization(CompressionCallback):
         end: when weights have the bits that were asked for, likewise; None: at `start`. Between, they get fewer by and
             by, over the bits that there are.
         freeze: when steps are trained no more and BatchNorm computes with its running statistics, as it will in the
-            end: a fraction of what is left of training after `end`.
+            end: a fraction of what is left of training after `end`. BatchNorm is frozen only where the learning rate
+            has fallen to a fifth of its highest by then: without it, steps of full size would blow the network up.
         learn: what trains steps: `lsq` (Esser et al. 2020), `lsq+` (and zero points, Bhalgat et al. 2020), `pact`
             (those of values, from what is clipped, Choi et al. 2018), `fixed` (nothing).
         step_lr: learning rate of the steps, in octaves for each step of Adam.
@@ -80,7 +84,7 @@ class Quantization(CompressionCallback):
         budget: Budget | None = None,
         start: float | int = 0.5,
         end: float | int | None = None,
-        freeze: float = 0.5,
+        freeze: float = 0.9,
         learn: str = "lsq",
         step_lr: float = 1e-3,
         observer: str = "mse",
@@ -124,6 +128,7 @@ class Quantization(CompressionCallback):
         self._resumed: dict[str, Any] = {}
         self._frozen_from: tuple[str, float] = ("epoch", float("inf"))
         self._norms: list[nn.Module] = []
+        self._highest = 0.0  # learning rate so far
 
     @property
     def after_training(self) -> bool:
@@ -237,13 +242,14 @@ class Quantization(CompressionCallback):
     ) -> None:
         """See `CompressionCallback`; and freeze what is due."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._highest = max(self._highest, self._rate(trainer))
         unit, at = self._frozen_from
         now = trainer.global_step if unit == "step" else trainer.current_epoch
         if now < at or self.done < 1.0 or self.after_training:
             return
         if self._training.running:
             self._training.end()
-        if not self._norms:
+        if not self._norms and self._rate(trainer) <= CALM * self._highest:
             network = self.target(pl_module)
             folded = [path for e in history(network) if isinstance(e, Quantize) for path in e.folded]
             self._norms = [module for module in map(network.get_submodule, folded) if module.training]
@@ -286,6 +292,7 @@ class Quantization(CompressionCallback):
             "errors": dict(self.errors),
             "limits": dict(self._training.limits),
             "training": self._training.state_dict(),
+            "highest": self._highest,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,7 +300,11 @@ class Quantization(CompressionCallback):
         super().load_state_dict(state_dict)
         self.bits, self.errors = dict(state_dict["bits"]), dict(state_dict["errors"])
         self._training.limits = dict(state_dict["limits"])
-        self._resumed = state_dict["training"]
+        self._resumed, self._highest = state_dict["training"], state_dict["highest"]
+
+    @staticmethod
+    def _rate(trainer: pl.Trainer) -> float:
+        return max((float(group["lr"]) for o in trainer.optimizers for group in o.param_groups), default=0.0)
 
     def _let_go(self) -> None:
         self._training.end()

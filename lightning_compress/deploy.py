@@ -193,9 +193,11 @@ class Emitting(Rounding):
         name = f"{leaf}_{place[0]}_{place[1]}"
         if leaf is None or f"{name}_integers" not in module._buffers:
             return func(*args, **kwargs)
-        whole = {what: module.get_buffer(f"{name}_{what}") for what in ("integers", "scale", "bias", "bias_scale")}
-        weight = _dequantize(whole["integers"], whole["scale"], module._buffers.get(f"{name}_zero"), 0)
-        bias = _dequantize(whole["bias"], whole["bias_scale"], None, 0)
+        whole, scale = (module.get_buffer(f"{name}_{what}") for what in ("integers", "scale"))
+        weight = _dequantize(whole, scale, module._buffers.get(f"{name}_zero"), 0)
+        bias, unit = module.get_buffer(f"{name}_bias"), module._buffers.get(f"{name}_unit")
+        if unit is not None:
+            bias = _dequantize(bias, unit, None, 0)
         if place[0] == "linear" and args[0].dim() == 2:
             shape = (args[0].shape[0], weight.shape[0])
             inputs = (args[0], weight, bias)
@@ -214,7 +216,7 @@ def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any,
 
 @torch.no_grad()
 def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantizer, norm: nn.Module | None) -> None:
-    """Buffers for a layer: integers, their steps, and a bias in units of the products of steps."""
+    """Buffers for a layer: integers, their steps, and a bias."""
     weight, step = module._parameters[leaf], module.get_buffer(f"{leaf}_step")
     assert weight is not None
     whole, scale = integers(weight, step, grid), step.double()
@@ -240,14 +242,17 @@ def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantize
     kept = (whole.double() * (scale / least).view(-1, *wide)).round().to(torch.int8)
     whole, scale = torch.where(coarse.view(-1, *wide), kept, whole), torch.where(coarse, least, scale)
     scale = scale.float()
-    unit_scale = (unit.float() * scale).float()
     name = f"{leaf}_{call}"
     module.register_buffer(f"{name}_integers", whole)
     module.register_buffer(f"{name}_scale", scale)
-    if call.startswith("linear"):  # ONNX Runtime fuses a Gemm only if its weight has a zero point
-        module.register_buffer(f"{name}_zero", torch.zeros_like(scale, dtype=torch.int8))
-    module.register_buffer(f"{name}_bias", (shift / unit_scale.double()).round().to(torch.int32))
-    module.register_buffer(f"{name}_bias_scale", unit_scale)
+    if not call.startswith("linear"):  # the runtime rounds a convolution's bias by itself
+        module.register_buffer(f"{name}_bias", shift.float())
+        return
+    # ONNX Runtime fuses a Gemm only if its weight has a zero point, and its bias is of integers.
+    products = (unit.float() * scale).float()
+    module.register_buffer(f"{name}_zero", torch.zeros_like(scale, dtype=torch.int8))
+    module.register_buffer(f"{name}_bias", (shift / products.double()).round().to(torch.int32))
+    module.register_buffer(f"{name}_unit", products)
 
 
 def _round_trip(x: Tensor, by: Quantizer) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress.calls import Call, as_calls, batch_size, resize_batch
 from lightning_compress.deploy import Emitting, link
 from lightning_compress.edits import Quantize, history, skeleton
+from lightning_compress.files import open_atomic
 from lightning_compress.methods.quantization import settle
 from lightning_compress.quantized import using
 from lightning_compress.quiet import evaluating, without_observers
@@ -29,6 +31,11 @@ __all__ = ["OPSET", "ExportError", "Parity", "export"]
 
 OPSET = 18
 Format = Literal["onnx", "pt2"]
+
+PLACE = re.compile(r"_(?:conv1d|conv2d|linear)_\d+(_[a-z]+)$")
+
+LARGEST = 2**31 - 2**20
+"""Bytes of a file in one piece; a larger network's weights go to a second file."""
 
 TOLERANCE = {False: 1e-3, True: 0.05}
 """Root mean square of the difference, relative to that of the outputs, above which a file is wrong; quantized or not.
@@ -176,15 +183,58 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"cannot be exported to ONNX: {error}") from error
     assert onnx_program is not None
-    graph = onnx_program.model.graph
-    graph.metadata_props.clear()
-    for constant in graph.initializers.values():
-        constant.metadata_props.clear()
-    for node in graph.all_nodes():  # where in the source each came from takes more than the weights
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    onnx_program.save(path)
+    model = onnx_program.model_proto
+    if model.ByteSize() < LARGEST:
+        slim(model)
+        with open_atomic(path) as file:
+            file.write(model.SerializeToString())
+    else:
+        onnx_program.save(path, external_data=True)
+
+
+def slim(model: Any) -> None:
+    """Leave out of an ONNX file what nobody needs: where things come from, types in between, attributes as usual.
+
+    Of a small network this is more than a tenth of the file. Weights keep the names that the network gives them.
+
+    Args:
+        model: an `onnx.ModelProto`, which is changed.
+    """
+    graph = model.graph
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    outside = {value.name for value in (*graph.input, *graph.output)}
+    names: dict[str, str] = {}
+    for constant in graph.initializer:
+        del constant.metadata_props[:]
+        constant.ClearField("doc_string")
+        if constant.name not in outside:
+            short = PLACE.sub(r"\1", constant.name.removeprefix("network.")).removesuffix("_integers")
+            names[constant.name] = short if short not in names.values() else constant.name
+            constant.name = names[constant.name]
+    for number, node in enumerate(graph.node):
+        node.ClearField("name")
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+        for other, output in enumerate(node.output):
+            if output and output not in outside:
+                names[output] = f"v{number}" + (f".{other}" if other else "")
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+        usual = [own for own in node.attribute if _usual(own)]
+        for own in usual:
+            node.attribute.remove(own)
+
+
+def _usual(attribute: Any) -> bool:
+    """Whether an attribute says what holds without it."""
+    if attribute.name in ("dilations", "strides"):
+        return all(value == 1 for value in attribute.ints)
+    if attribute.name == "pads":
+        return not any(attribute.ints)
+    if attribute.name == "auto_pad":
+        return bool(attribute.s == b"NOTSET")
+    return bool(attribute.name == "group" and attribute.i == 1)
 
 
 def _compare(wanted: Any, got: Any, quantized: bool) -> Parity:

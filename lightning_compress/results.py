@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.deployment import Deployed
 from lightning_compress.files import write_atomic
 from lightning_compress.footprint import Footprint
+from lightning_compress.latency import Spread
 
 __all__ = ["BudgetRow", "LayerRow", "Metric", "Quantity", "Results", "ResultsError"]
 
@@ -81,7 +83,7 @@ class Quantity:
     Attributes:
         key: a flat name for loggers.
         label: a name for people.
-        kind: `metric`, `count`, `bytes`, `ms` or `fraction`.
+        kind: `metric`, `count`, `plain` (a number that is no cost), `bytes`, `ms` or `fraction`.
         dense: the value before.
         compressed: the value now.
         dense_range: lowest and highest of repeated measurements.
@@ -111,6 +113,7 @@ class Results:
         edits: method -> how many edits it made.
         artifact: the name of the artifact's file, in the same folder unless it says otherwise.
         network: dotted name of the network in the LightningModule; empty if it is the module itself.
+        deployed: `dense` and `compressed` -> the network as an ONNX file; empty where none was written.
         environment: versions, seed, threads, load, device, date.
 
     Example:
@@ -132,6 +135,7 @@ class Results:
     edits: Mapping[str, int] = field(default_factory=dict)
     artifact: str = ""
     network: str = ""
+    deployed: Mapping[str, Deployed] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,7 +171,13 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """The results as JSON data."""
         compressed = None if self.compressed is None else self.compressed.to_json()
-        return {"format": FORMAT, **asdict(self), "dense": self.dense.to_json(), "compressed": compressed}
+        return {
+            "format": FORMAT,
+            **asdict(self),
+            "dense": self.dense.to_json(),
+            "compressed": compressed,
+            "deployed": {side: deployed.to_json() for side, deployed in self.deployed.items()},
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:
@@ -180,6 +190,7 @@ class Results:
             metric=None if metric is None else Metric(**metric),
             layers=tuple(LayerRow(**row) for row in layers),
             budgets=tuple(BudgetRow(**row) for row in data["budgets"]),
+            deployed={side: Deployed.from_json(own) for side, own in data["deployed"].items()},
             **{name: data[name] for name in ("frozen", "edits", "artifact", "network", "environment")},
         )
 
@@ -196,7 +207,7 @@ class Results:
             if dense is not None and compressed is not None:
                 if quantity.kind == "metric":
                     figures[f"difference/{key}"] = compressed - dense
-                elif quantity.kind != "fraction" and dense:
+                elif quantity.kind not in ("fraction", "plain") and dense:
                     figures[f"ratio/{key}"] = compressed / dense
         return figures
 
@@ -217,25 +228,35 @@ class Results:
             lines.append(Quantity(key, label, kind, getattr(dense, key), getattr(small, key, None)))
         for size, before in dense.latency.items():
             after = None if small is None else small.latency.get(size)
-            wall, cpu = before.wall, before.cpu
             new_wall, new_cpu = (None, None) if after is None else (after.wall, after.cpu)
             threads = f"{before.threads} thread{'s' if before.threads > 1 else ''}"
-            for key, label, old, new in (
-                (f"latency_b{size}", f"latency, batch {size}, {threads}", wall, new_wall),
-                (f"cpu_time_b{size}", f"CPU time, batch {size}, 1 thread", cpu, new_cpu),
-            ):
-                lines.append(
-                    Quantity(
-                        key,
-                        label,
-                        "ms",
-                        old.median,
-                        None if new is None else new.median,
-                        (old.low, old.high),
-                        None if new is None else (new.low, new.high),
-                    )
-                )
+            lines.append(_times(f"latency_b{size}", f"latency, batch {size}, {threads}", before.wall, new_wall))
+            lines.append(_times(f"cpu_time_b{size}", f"CPU time, batch {size}, 1 thread", before.cpu, new_cpu))
+        return lines + self._deployed_quantities()
+
+    def _deployed_quantities(self) -> list[Quantity]:
+        dense, small = self.deployed.get("dense"), self.deployed.get("compressed")
+        if dense is None:
+            return []
+        lines = []
+        if self.metric is not None and small is not None and small.metric is not None:
+            name = f"{self.metric.name}, in ONNX Runtime"
+            lines.append(Quantity("onnx_metric", name, "metric", self.metric.dense, small.metric))
+        for key, label, kind in (
+            ("bytes", "ONNX file", "bytes"),
+            ("integer_layers", f"layers on integers, of {(small or dense).layers}", "plain"),
+        ):
+            lines.append(Quantity(f"onnx_{key}", label, kind, getattr(dense, key), getattr(small, key, None)))
+        for size, before in dense.latency.items():
+            after = None if small is None else small.latency.get(size)
+            label = f"ONNX Runtime, batch {size}, 1 thread"
+            lines.append(_times(f"onnx_latency_b{size}", label, before.wall, None if after is None else after.wall))
         return lines
+
+
+def _times(key: str, label: str, old: Spread, new: Spread | None) -> Quantity:
+    after = (None, None) if new is None else (new.median, (new.low, new.high))
+    return Quantity(key, label, "ms", old.median, after[0], (old.low, old.high), after[1])
 
 
 def _shape(value: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -88,6 +88,11 @@ def _caption(results: Results) -> str:
             f"{times.device}{load}."
         )
     lines.append("Peak memory: parameters, buffers, inputs and activations that are alive at once.")
+    small = results.deployed.get("compressed")
+    if small is not None:
+        islands = ", ".join(f"{count} {name}" for name, count in small.islands.items())
+        on = f"int8 {small.integer_layers} of {small.layers}"
+        lines.append(f"In ONNX Runtime: {on}" + (f"; on floats: {islands}." if islands else ", nothing on floats."))
     if results.dense.uncounted:
         names = ", ".join(name.removeprefix("aten.") for name in results.dense.uncounted)
         lines.append(f"MACs: of the operations that ran, without {names}.")
@@ -100,7 +105,7 @@ def _verdict(quantity: Quantity) -> str:
         return ""
     if quantity.kind in ("metric", "fraction"):
         return f"{compressed - dense:+.4f}"
-    if not dense or not compressed:
+    if not dense or not compressed or quantity.kind == "plain":
         return ""
     ratio = compressed / dense
     less, more = ("faster", "slower") if quantity.kind == "ms" else ("less", "more")
@@ -119,7 +124,7 @@ def _show(kind: str, value: float | None, spread: tuple[float, float] | None) ->
         return f"{value:.3g} ms \\[{low:.3g} – {high:.3g}]"
     if kind == "bytes":
         return f"{value / 1e6:,.3f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
-    return _count(value) if kind == "count" else f"{value:.4f}"
+    return _count(value) if kind in ("count", "plain") else f"{value:.4f}"
 
 
 def _share(value: float) -> str:

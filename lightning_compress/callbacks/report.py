@@ -19,7 +19,8 @@ from lightning_compress.callbacks.capture import capture, find_network
 from lightning_compress.callbacks.comparison import blank, budget_rows, environment, layer_rows
 from lightning_compress.callbacks.evaluation import evaluate, from_rank_zero
 from lightning_compress.calls import Call, batch_size, resize_batch
-from lightning_compress.edits import Edit, history, rewind_edits, skeleton
+from lightning_compress.deployment import Deployed
+from lightning_compress.edits import Edit, Quantize, history, rewind_edits, skeleton
 from lightning_compress.footprint import measure
 from lightning_compress.latency import BATCH_SIZES, compare_latency
 from lightning_compress.quiet import without_observers
@@ -47,6 +48,8 @@ class CompressionReport(L.Callback):
         batch_sizes: the batch sizes to time.
         network: dotted name of the network inside the LightningModule; by default it is found.
         table: print the tables.
+        onnx: also write both networks as ONNX, check them, and time them in ONNX Runtime; None: if the network is
+            quantized, for in torch it is no faster.
 
     Raises:
         ValueError: an argument that cannot be right.
@@ -65,6 +68,7 @@ class CompressionReport(L.Callback):
         batch_sizes: Sequence[int] = BATCH_SIZES,
         network: str | None = None,
         table: bool = True,
+        onnx: bool | None = None,
     ) -> None:
         """Check the arguments."""
         self.path = Path(path)
@@ -80,7 +84,9 @@ class CompressionReport(L.Callback):
         if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"`batch_sizes` must be integers of at least 1, got {batch_sizes!r}")
         self.metric, self.latency, self.batch_sizes = metric, latency, sizes
-        self.network, self.table = network, table
+        if onnx not in (None, True, False):
+            raise ValueError(f"`onnx` must be true, false or null, got {onnx!r}")
+        self.network, self.table, self.onnx = network, table, onnx
         self.results: Results | None = None
         self._frozen: dict[str, str] = {}
         self._first: dict[str, Any] = {}  # where the first edit was made, and the dense network's metric there
@@ -153,6 +159,7 @@ class CompressionReport(L.Callback):
         metric = self._metric(trainer, pl_module, dense, compressed)
         if trainer.is_global_zero:
             self.results = self._measure(trainer, dense, compressed, metric)
+            self.results = replace(self.results, deployed=self._deploy(trainer, pl_module, dense, compressed))
             self.results.save(self.results_path)
             self._tell(trainer, self.results)
         self._dense = None
@@ -232,6 +239,30 @@ class CompressionReport(L.Callback):
             network=self._captured,
             environment=environment(trainer),
         )
+
+    def _deploy(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, dense: nn.Module, compressed: nn.Module | None
+    ) -> dict[str, Deployed]:
+        """Both networks as ONNX files; what they cost, and what the compressed one is worth there."""
+        quantized = compressed is not None and any(isinstance(edit, Quantize) for edit in history(compressed))
+        wanted = quantized if self.onnx is None else self.onnx
+        single = len(self._calls) == 1 and not self._calls[0].path
+        if not wanted or (self.onnx is None and not single):
+            return {}
+        from lightning_compress.deployment import RuntimeNetwork, compare_deployed, deploy
+
+        files = {"compressed": self.path.with_suffix(".onnx"), "dense": self.path.with_suffix(".dense.onnx")}
+        sides = {"dense": dense} | ({} if compressed is None else {"compressed": compressed})
+        if compressed is None:
+            files["dense"] = files["compressed"]
+        found = {name: (deploy(side, files[name], self._calls[0]), files[name]) for name, side in sides.items()}
+        deployed = {name: own for name, (own, _) in found.items()}
+        if self.latency:
+            deployed = compare_deployed(found, self._calls, self.batch_sizes)
+        if self.metric is not None and compressed is not None and self._captured and trainer.world_size == 1:
+            value = self._evaluate(trainer, pl_module, RuntimeNetwork(files["compressed"]))
+            deployed["compressed"] = replace(deployed["compressed"], metric=value)
+        return deployed
 
     def _tell(self, trainer: L.Trainer, results: Results) -> None:
         figures = {f"compress/{name}": value for name, value in results.figures().items()}

@@ -22,6 +22,7 @@ from benchmarks.distillation_sides import KD_TASK, KD_TEMPERATURE, KD_WEIGHT
 from benchmarks.quantization_peers import PEERS, Peer
 from benchmarks.results import Found
 from benchmarks.training_free_nets import CLASSES, Cell, images, train_dense, trainer
+from benchmarks.training_free_runs import REFUSALS
 from lightning_compress import Budget, ChannelPruning, Distillation, Quantization, export, save_compressed
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.calls import as_calls
@@ -242,12 +243,20 @@ def _operators(peer: Peer) -> dict[str, Any]:
 
 def run(side: str, net: str, place: Place, recipe: Recipe, seed: int) -> Found:
     """Quantize, and test in the runtime."""
+    try:
+        return Found(case_of(net), side, _tested(side, net, place, recipe, seed), seed)
+    except REFUSALS as error:
+        refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return Found(case_of(net), side, refused, seed)
+
+
+def _tested(side: str, net: str, place: Place, recipe: Recipe, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = make_side(side, net, place, recipe, seed, Path(folder))
         metrics = {"accuracy": accuracy(made.predict, place), **made.metrics}
         if made.bytes is not None:
             metrics["bytes"] = made.bytes
-    return Found(case_of(net), side, metrics, seed)
+    return metrics
 
 
 def run_low_bits(name: str, place: Place, recipe: Recipe, seed: int) -> Found:

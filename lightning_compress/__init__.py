@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_compress.distill.module import DistillationModule
     from lightning_compress.distill.mutual import MutualModule
     from lightning_compress.edits import apply_edits, history
-    from lightning_compress.export import export
+    from lightning_compress.exporting import export
     from lightning_compress.footprint import Footprint, measure
     from lightning_compress.methods.factorization import factorize
     from lightning_compress.methods.filters import compact_filters
@@ -86,7 +86,7 @@ _HOMES = {
     "apply_edits": "lightning_compress.edits",
     "compact_filters": "lightning_compress.methods.filters",
     "expand": "lightning_compress.methods.reparameterization",
-    "export": "lightning_compress.export",
+    "export": "lightning_compress.exporting",
     "factorize": "lightning_compress.methods.factorization",
     "history": "lightning_compress.edits",
     "load_compressed": "lightning_compress.artifact",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call, resize_batch
-from lightning_compress.export import Parity, export
+from lightning_compress.exporting import Parity, export
 from lightning_compress.latency import Latency, compare_latency
 from lightning_compress.runtimes import OnnxNetwork, count_integers
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,20 +21,18 @@ from torch.utils import _pytree as pytree
 from lightning_compress.calls import Call, as_calls, batch_size, resize_batch
 from lightning_compress.deploy import Emitting, link
 from lightning_compress.edits import Quantize, history, skeleton
-from lightning_compress.files import open_atomic
-from lightning_compress.methods.quantization import settle
+from lightning_compress.methods.quantization import quantized_weights, settle
+from lightning_compress.onnx_file import OnnxError, write_onnx
 from lightning_compress.quantized import using
 from lightning_compress.quiet import evaluating, without_observers
+from lightning_compress.runtimes import OnnxNetwork
 
-__all__ = ["OPSET", "ExportError", "Parity", "export"]
+__all__ = ["ExportError", "Parity", "export"]
 
-OPSET = 18
 Format = Literal["onnx", "pt2"]
 
-PLACE = re.compile(r"_(?:conv1d|conv2d|linear)_\d+(_[a-z]+)$")
-
-LARGEST = 2**31 - 2**20
-"""Bytes of a file in one piece; a larger network's weights go to a second file."""
+INT4 = 16
+"""Integers that 4 bits hold."""
 
 TOLERANCE = {False: 1e-3, True: 0.05}
 """Root mean square of the difference, relative to that of the outputs, above which a file is wrong; quantized or not.
@@ -68,11 +65,13 @@ def export(
     path: str | os.PathLike[str],
     inputs: Tensor | Call | Sequence[Any],
     format: Format = "onnx",
-) -> Parity | None:
+    int4: bool = False,
+) -> Parity:
     """Write a network as a file for other runtimes, and check what the file computes.
 
     ONNX is of opset 18, with any batch size; quantized weights are stored as 8-bit integers, those of fewer bits too,
-    for runtimes compute with 8. `.pt2` is `torch.export`'s format, for ExecuTorch, AOTInductor and others.
+    for runtimes compute with 8. `.pt2` is `torch.export`'s format, for ExecuTorch, AOTInductor and others; a quantized
+    network is in it as it computes in torch, with rounded floats. The file appears when its outputs were found right.
 
     Args:
         model: the network; it is not changed.
@@ -80,6 +79,8 @@ def export(
         inputs: real inputs, as the network gets them: a tensor, a tuple of arguments or a call; with at least two
             samples, some dozens for the check to mean something.
         format: `onnx` or `pt2`.
+        int4: store weights of 4 bits and fewer as ONNX's 4-bit integers (opset 21). The file is smaller; ONNX Runtime
+            then computes with floats on a CPU, and is no faster than without quantization.
 
     Returns:
         How outputs compare; of ONNX in ONNX Runtime.
@@ -108,35 +109,39 @@ def export(
     network.eval().requires_grad_(requires_grad=False)
     with evaluating(network):
         wanted = network(*call.args, **call.kwargs)
-    path = Path(path)
-    if format == "pt2":
-        program = _traced(network, call, None)
-        torch.export.save(program, path)
-        return _compare(wanted, torch.export.load(path).module()(*call.args, **call.kwargs), quantized=False)
-    quantized = any(isinstance(edit, Quantize) for edit in history(network))
-    emitting = None
+    path, quantized = Path(path), any(isinstance(edit, Quantize) for edit in history(network))
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}")
+    unchecked = path.with_name(f"{path.name}.unchecked")
+    try:
+        if format == "pt2":
+            torch.export.save(_traced(network, call, None), unchecked)
+            got = torch.export.load(unchecked).module()(*call.tensors())
+        else:
+            _write(network, call, unchecked, quantized, int4)
+            got = OnnxNetwork(unchecked)(*call.tensors())
+        parity = _compare(wanted, got, quantized and format == "onnx")
+        os.replace(unchecked, path)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    return parity
+
+
+def _write(network: nn.Module, call: Call, path: Path, quantized: bool, int4: bool) -> None:
+    emitting, packed = None, []
     if quantized:
         settle(network)
         emitting = Emitting(link(network, lambda linking: _run(network, call, linking)))
-    program = _traced(network, call, emitting)
-    _write_onnx(program, path)
-    return check_onnx(path, call, wanted, quantized)
+        packed = [name for name, *_, grid in quantized_weights(network) if int4 and grid.levels <= INT4]
+    try:
+        write_onnx(_traced(network, call, emitting), path, packed)
+    except OnnxError as error:
+        raise ExportError(str(error)) from error
 
 
 def _plain(tensor: Tensor) -> Tensor:
     copy = tensor.detach().cpu().clone()
     return copy.float() if copy.is_floating_point() else copy
-
-
-def check_onnx(path: Path, call: Call, wanted: Any, quantized: bool) -> Parity:
-    """Run a file in ONNX Runtime and compare.
-
-    Raises:
-        ExportError: it cannot be run, or computes something else.
-    """
-    from lightning_compress.runtimes import OnnxNetwork
-
-    return _compare(wanted, OnnxNetwork(path)(*call.tensors()), quantized)
 
 
 def _run(network: nn.Module, call: Call, calls: Any) -> Any:
@@ -156,7 +161,10 @@ def _traced(network: nn.Module, call: Call, emitting: Emitting | None) -> torch.
                 _Positional(network, call), tuple(tensors), strict=False, dynamic_shapes=(tuple(shapes),)
             )
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ExportError(f"cannot be exported: {error}") from error
+        lines = str(error).splitlines()
+        places = [line.strip() for line in lines if line.strip().startswith("File ")]
+        where = f" ({places[-1]})" if places else ""
+        raise ExportError(f"cannot be exported: {lines[0] if lines else type(error).__name__}{where}") from error
 
 
 class _Positional(nn.Module):
@@ -173,68 +181,6 @@ class _Positional(nn.Module):
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         return self.network(*args, **kwargs)
-
-
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"cannot be exported to ONNX: {error}") from error
-    assert onnx_program is not None
-    model = onnx_program.model_proto
-    if model.ByteSize() < LARGEST:
-        slim(model)
-        with open_atomic(path) as file:
-            file.write(model.SerializeToString())
-    else:
-        onnx_program.save(path, external_data=True)
-
-
-def slim(model: Any) -> None:
-    """Leave out of an ONNX file what nobody needs: where things come from, types in between, attributes as usual.
-
-    Of a small network this is more than a tenth of the file. Weights keep the names that the network gives them.
-
-    Args:
-        model: an `onnx.ModelProto`, which is changed.
-    """
-    graph = model.graph
-    del graph.value_info[:]
-    del graph.metadata_props[:]
-    outside = {value.name for value in (*graph.input, *graph.output)}
-    names: dict[str, str] = {}
-    for constant in graph.initializer:
-        del constant.metadata_props[:]
-        constant.ClearField("doc_string")
-        if constant.name not in outside:
-            short = PLACE.sub(r"\1", constant.name.removeprefix("network.")).removesuffix("_integers")
-            names[constant.name] = short if short not in names.values() else constant.name
-            constant.name = names[constant.name]
-    for number, node in enumerate(graph.node):
-        node.ClearField("name")
-        node.ClearField("doc_string")
-        del node.metadata_props[:]
-        for other, output in enumerate(node.output):
-            if output and output not in outside:
-                names[output] = f"v{number}" + (f".{other}" if other else "")
-        for field in (node.input, node.output):
-            field[:] = [names.get(name, name) for name in field]
-        usual = [own for own in node.attribute if _usual(own)]
-        for own in usual:
-            node.attribute.remove(own)
-
-
-def _usual(attribute: Any) -> bool:
-    """Whether an attribute says what holds without it."""
-    if attribute.name in ("dilations", "strides"):
-        return all(value == 1 for value in attribute.ints)
-    if attribute.name == "pads":
-        return not any(attribute.ints)
-    if attribute.name == "auto_pad":
-        return bool(attribute.s == b"NOTSET")
-    return bool(attribute.name == "group" and attribute.i == 1)
 
 
 def _compare(wanted: Any, got: Any, quantized: bool) -> Parity:

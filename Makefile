@@ -76,7 +76,7 @@ docs: ## where the documentation is
 bench: $(STAMP) ## the benchmarks beside their peers, in their short form
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/without-dependencies.txt
-	@for benchmark in coverage overhead distillation training_free pruning; do \
+	@for benchmark in coverage overhead distillation training_free pruning quantization; do \
 		echo "== $$benchmark"; $(BIN)/python benchmarks/$$benchmark.py --quick; done
 
 clean: ## remove what was built or cached; results in outputs/ and .venv stay

@@ -92,6 +92,8 @@ def _caption(results: Results) -> str:
     if small is not None:
         islands = ", ".join(f"{count} {name}" for name, count in small.islands.items())
         on = f"int8 {small.integer_layers} of {small.layers}"
+        if small.integer_layers:
+            lines.append("In eager torch a quantized network rounds floats; it is the runtime's times that count.")
         lines.append(f"In ONNX Runtime: {on}" + (f"; on floats: {islands}." if islands else ", nothing on floats."))
     if results.dense.uncounted:
         names = ", ".join(name.removeprefix("aten.") for name in results.dense.uncounted)

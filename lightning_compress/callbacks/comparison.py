@@ -15,6 +15,7 @@ from lightning_compress.budget import Budget
 from lightning_compress.edits import named_tensors, skeleton
 from lightning_compress.footprint import Footprint
 from lightning_compress.methods.measured import BUDGET_BATCH
+from lightning_compress.methods.quantization import quantization_buffers
 from lightning_compress.results import BudgetRow, LayerRow
 
 __all__ = ["blank", "budget_rows", "environment", "layer_rows"]
@@ -30,12 +31,13 @@ def blank(dense: nn.Module) -> nn.Module:
 
 
 def layer_rows(dense: nn.Module, compressed: nn.Module, before: Footprint, after: Footprint) -> tuple[LayerRow, ...]:
-    """The tensors whose shape differs between two networks, whatever edits made it so."""
+    """The tensors whose shape differs between two networks, whatever edits made it so; not what rounding brings."""
     old = {name: tuple(tensor.shape) for name, tensor in named_tensors(dense)}
     new = {name: tuple(tensor.shape) for name, tensor in named_tensors(compressed)}
     rows = []
+    beside = set(quantization_buffers(compressed))
     for name in dict.fromkeys([*old, *new]):
-        if old.get(name) != new.get(name):
+        if name not in beside and old.get(name) != new.get(name):
             layer = name.rpartition(".")[0]
             macs = before.layers.get(layer, 0), after.layers.get(layer, 0)
             rows.append(LayerRow(name, old.get(name), new.get(name), *macs))

@@ -7,21 +7,31 @@ scales between layers, choose which way each weight is rounded, correct biases, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call, run_calls
-from lightning_compress.edits import Quantize, history
+from lightning_compress.edits import Quantize
 from lightning_compress.methods.observers import OBSERVERS, Seen, grid_for, steps_for
 from lightning_compress.methods.placement import Placement
 from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quantized import Grid, Rounding, round_to, scope_of, using
 from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["BITS", "calibrate", "integers", "plan", "quantized_weights", "set_steps", "settle"]
+__all__ = [
+    "BITS",
+    "VALUE_BITS",
+    "calibrate",
+    "integers",
+    "plan",
+    "quantization_buffers",
+    "quantized_weights",
+    "set_steps",
+    "settle",
+]
 
 BITS = (8, 4, 3, 2)
 """Of weights."""
@@ -142,9 +152,14 @@ def settle(model: nn.Module) -> None:
             zero.round_()
 
 
-def last_quantize(model: nn.Module) -> Quantize | None:
-    """The newest edit that quantized a network."""
-    return next((edit for edit in reversed(history(model)) if isinstance(edit, Quantize)), None)
+def quantization_buffers(model: nn.Module) -> Iterator[str]:
+    """The names of the steps and zero points that quantization has brought."""
+    for path, module in model.named_modules():
+        scope = scope_of(module)
+        if scope is not None:
+            for prefix, _ in scope.grids():
+                yield from (f"{path}.{prefix}_{what}".lstrip(".") for what in ("step", "zero"))
+            yield from (f"{path}.{leaf}_step".lstrip(".") for leaf in scope.weights)
 
 
 class _Observing(Rounding):

@@ -18,7 +18,7 @@ from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.budget import BudgetError
 from lightning_compress.edits import EditError, Replace, apply_edits, companions, history
 from lightning_compress.footprint import Footprint, measure
-from lightning_compress.quantized import scope_of
+from lightning_compress.methods.quantization import quantization_buffers
 from tests.contract.methods import METHODS, Method
 from tests.contract.nets import NETS
 from tests.contract.runs import EPOCHS, Metrics, data, fit, task
@@ -37,18 +37,6 @@ every_net = pytest.mark.parametrize("net", NETS)
 
 def footprint(net: torch.nn.Module) -> Footprint:
     return measure(net, torch.zeros(2, 1, 8, 8))
-
-
-def quantization_buffers(net: torch.nn.Module) -> list[str]:
-    """Steps and zero points, which quantization adds."""
-    scopes = [(path, scope_of(part)) for path, part in net.named_modules()]
-    names = []
-    for path, scope in scopes:
-        if scope is not None:
-            own = [f"{leaf}_step" for leaf in scope.weights]
-            own += [f"{prefix}_{what}" for prefix, _ in scope.grids() for what in ("step", "zero")]
-            names += [f"{path}.{name}".lstrip(".") for name in own]
-    return names
 
 
 def state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

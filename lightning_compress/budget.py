@@ -61,7 +61,12 @@ class Budget:
         return {unit: value for unit, value in asdict(self).items() if value is not None}
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
-        """Absolute limits, from what the dense network costs in each unit."""
+        """Absolute limits, from what the dense network costs in each unit.
+
+        Raises:
+            ValueError: a unit that `dense` does not have.
+        """
+        self.refuse(*(unit for unit in asdict(self) if unit not in dense))
         return {unit: float(value * dense[unit] if value <= 1 else value) for unit, value in self.given().items()}
 
     def refuse(self, *units: str) -> None:

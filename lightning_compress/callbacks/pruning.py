@@ -89,6 +89,7 @@ class ChannelPruning(CompressionCallback):
         super().__init__(start=start, end=end, steps=steps, schedule=schedule, network=network)
         if not isinstance(budget, Budget):
             raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+        budget.refuse("bit_operations")
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
         self.selection = Selection(criterion, ranking, round_to, exclude, floor, sensitivity)

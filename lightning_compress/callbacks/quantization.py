@@ -15,6 +15,7 @@ from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
+from lightning_compress.callbacks.held import HeldWeights
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.steps import RULES, StepTraining
 from lightning_compress.edits import Edit, Quantize, history
@@ -150,6 +151,9 @@ class Quantization(CompressionCallback):
             placement = places(captured.network, captured.calls, self.precision)
         except ValueError as error:
             raise MisconfigurationException(f"Quantization: {error}") from error
+        for other in _callbacks(trainer):
+            if isinstance(other, HeldWeights):
+                _refuse_shared(other, captured.network, placement.weights)
         dense = costs(captured.network, placement)
         others = [c for c in _callbacks(trainer) if isinstance(c, CompressionCallback) and c is not self]
         if self.budget is not None and not others:  # else the network will be another one by then
@@ -342,6 +346,20 @@ def _limits(prepared: Prepared) -> dict[str, float]:
         grid = prepared.edit.values[path, name, number]
         limits[f"{path}.{name}_{number}_step".lstrip(".")] = ceiling / (grid.high - max(grid.low, 0))
     return limits
+
+
+def _refuse_shared(other: HeldWeights, network: nn.Module, weights: Sequence[str]) -> None:
+    """Raise if weights would have shared or latent values by the time that they are to be quantized."""
+    if other.role not in ("code", "latent"):
+        return
+    theirs = {id(weight) for weight in other.choose(network)[0].values()}
+    inner = weights if getattr(other, "ends", True) else weights[1:-1]  # not theirs either
+    both = [name for name in inner if id(network.get_parameter(name)) in theirs]
+    if both:
+        raise MisconfigurationException(
+            f"{type(other).__name__} and Quantization both decide on the values of {', '.join(both[:5])}"
+            f"{' and others' if len(both) > 5 else ''}: name these layers in `exclude` of one of them"
+        )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -8,6 +8,7 @@ batch's extremes, so that they depend on the batch size.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -164,6 +165,7 @@ def nncf_onnx(
     """
     path = folder / ("nncf_onnx_folded.onnx" if fold else "nncf_onnx.onnx")
     with quiet(), torch.no_grad():
+        os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it is compiled now, which may take minutes
         import nncf
 
         batches = nncf.Dataset(calibration)

@@ -15,7 +15,9 @@ from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
+from lightning_compress.callbacks.freezing import Freezing
 from lightning_compress.callbacks.held import HeldWeights
+from lightning_compress.callbacks.last import refuse_later, refuse_shared
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.steps import RULES, StepTraining
 from lightning_compress.edits import Edit, Quantize, history
@@ -25,9 +27,6 @@ from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quantized import reset
 
 __all__ = ["Quantization"]
-
-CALM = 0.2
-"""Of the highest learning rate, below which BatchNorm may be frozen."""
 
 
 class Quantization(CompressionCallback):
@@ -127,9 +126,7 @@ class Quantization(CompressionCallback):
         self._again: set[str] | None = None  # weights that are quantized already and get other grids
         self._training = StepTraining(learn, step_lr, {})
         self._resumed: dict[str, Any] = {}
-        self._frozen_from: tuple[str, float] = ("epoch", float("inf"))
-        self._norms: list[nn.Module] = []
-        self._highest = 0.0  # learning rate so far
+        self._freezing = Freezing()
 
     @property
     def after_training(self) -> bool:
@@ -153,7 +150,7 @@ class Quantization(CompressionCallback):
             raise MisconfigurationException(f"Quantization: {error}") from error
         for other in _callbacks(trainer):
             if isinstance(other, HeldWeights):
-                _refuse_shared(other, captured.network, placement.weights)
+                refuse_shared(other, captured.network, placement.weights)
         dense = costs(captured.network, placement)
         others = [c for c in _callbacks(trainer) if isinstance(c, CompressionCallback) and c is not self]
         if self.budget is not None and not others:  # else the network will be another one by then
@@ -229,11 +226,12 @@ class Quantization(CompressionCallback):
         """
         super().on_train_start(trainer, pl_module)
         for other in _callbacks(trainer):
-            if isinstance(other, CompressionCallback) and other is not self:
-                self._come_last(other)
+            different = isinstance(other, Quantization) and other.network != self.network
+            if isinstance(other, CompressionCallback) and other is not self and not (self.after_training or different):
+                refuse_later(trainer, self, other)
         unit, last = self._milestones[-1].unit, self._milestones[-1].at
         total = trainer.max_epochs if unit == "epoch" else trainer.estimated_stepping_batches
-        self._frozen_from = unit, last + self.freeze * (float(total or 0) - last)
+        self._freezing.unit, self._freezing.at = unit, last + self.freeze * (float(total or 0) - last)
         if self.after_training:
             self._milestones = []
         network = self.target(pl_module)
@@ -246,19 +244,13 @@ class Quantization(CompressionCallback):
     ) -> None:
         """See `CompressionCallback`; and freeze what is due."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._highest = max(self._highest, self._rate(trainer))
-        unit, at = self._frozen_from
-        now = trainer.global_step if unit == "step" else trainer.current_epoch
-        if now < at or self.done < 1.0 or self.after_training:
+        if not self._freezing.due(trainer) or self.done < 1.0 or self.after_training:
             return
         if self._training.running:
             self._training.end()
-        if not self._norms and self._rate(trainer) <= CALM * self._highest:
-            network = self.target(pl_module)
-            folded = [path for e in history(network) if isinstance(e, Quantize) for path in e.folded]
-            self._norms = [module for module in map(network.get_submodule, folded) if module.training]
-        for norm in self._norms:
-            norm.eval()
+        network = self.target(pl_module)
+        folded = [path for e in history(network) if isinstance(e, Quantize) for path in e.folded]
+        self._freezing.hold(trainer, [network.get_submodule(path) for path in folded])
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -296,7 +288,7 @@ class Quantization(CompressionCallback):
             "errors": dict(self.errors),
             "limits": dict(self._training.limits),
             "training": self._training.state_dict(),
-            "highest": self._highest,
+            "highest": self._freezing.highest,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,17 +296,11 @@ class Quantization(CompressionCallback):
         super().load_state_dict(state_dict)
         self.bits, self.errors = dict(state_dict["bits"]), dict(state_dict["errors"])
         self._training.limits = dict(state_dict["limits"])
-        self._resumed, self._highest = state_dict["training"], state_dict["highest"]
-
-    @staticmethod
-    def _rate(trainer: pl.Trainer) -> float:
-        return max((float(group["lr"]) for o in trainer.optimizers for group in o.param_groups), default=0.0)
+        self._resumed, self._freezing.highest = state_dict["training"], state_dict["highest"]
 
     def _let_go(self) -> None:
         self._training.end()
-        for norm in self._norms:
-            norm.train()
-        self._norms = []
+        self._freezing.end()
 
     def _least(self, amount: float) -> int:
         """The fewest bits that a weight may have so far on the way."""
@@ -322,21 +308,6 @@ class Quantization(CompressionCallback):
         assert isinstance(asked, int)
         way = BITS[: BITS.index(asked) + 1]
         return way[min(len(way) - 1, max(0, round(amount * len(way)) - 1))]
-
-    def _come_last(self, other: CompressionCallback) -> None:
-        if isinstance(other, Quantization) and other.network != self.network:
-            return
-        theirs, ours = (c._milestones[-1] if c._milestones else None for c in (other, self))
-        if ours is None or theirs is None or self.after_training or theirs.unit != ours.unit:
-            return
-        first = self._milestones[0].at
-        callbacks_later = theirs.at > first
-        if callbacks_later:
-            raise MisconfigurationException(
-                f"Quantization begins at {ours.unit} {first}, and {type(other).__name__} edits the network at "
-                f"{theirs.unit} {theirs.at}: quantization comes last. Let `end` of {type(other).__name__} be earlier, "
-                "or `start` of Quantization later"
-            )
 
 
 def _limits(prepared: Prepared) -> dict[str, float]:
@@ -346,20 +317,6 @@ def _limits(prepared: Prepared) -> dict[str, float]:
         grid = prepared.edit.values[path, name, number]
         limits[f"{path}.{name}_{number}_step".lstrip(".")] = ceiling / (grid.high - max(grid.low, 0))
     return limits
-
-
-def _refuse_shared(other: HeldWeights, network: nn.Module, weights: Sequence[str]) -> None:
-    """Raise if weights would have shared or latent values by the time that they are to be quantized."""
-    if other.role not in ("code", "latent"):
-        return
-    theirs = {id(weight) for weight in other.choose(network)[0].values()}
-    inner = weights if getattr(other, "ends", True) else weights[1:-1]  # not theirs either
-    both = [name for name in inner if id(network.get_parameter(name)) in theirs]
-    if both:
-        raise MisconfigurationException(
-            f"{type(other).__name__} and Quantization both decide on the values of {', '.join(both[:5])}"
-            f"{' and others' if len(both) > 5 else ''}: name these layers in `exclude` of one of them"
-        )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:

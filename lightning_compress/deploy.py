@@ -17,14 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.grids import Grid
 from lightning_compress.methods.placement import TRANSPARENT
 from lightning_compress.methods.quantization import integers
-from lightning_compress.quantized import WEIGHTED, Grid, Place, Rounding, Scope, scope_of
+from lightning_compress.quantized import WEIGHTED, Place, Rounding, Scope, input_prefix, scope_of
 
 __all__ = ["Emitting", "Linking", "link"]
 
 Key = tuple[int, str, int]
 """Id of a module, name of a function, which of its calls."""
+
+FINE = 2**20
+"""Integers that the bias of a channel without weights has at least."""
 
 LARGEST = 2**30
 """Of the integers of a bias, so that sums stay within 32 bits."""
@@ -107,8 +111,9 @@ class Linking(Rounding):
         """See `Calls`."""
         scope, key = scope_of(module), (id(module), *place)
         source = self._by.get(id(args[0])) if args and isinstance(args[0], Tensor) else None
-        if scope is not None and place in scope.inputs:
-            source = Quantizer(module, f"{place[0]}_{place[1]}_input", scope.inputs[place])
+        first = (*place, 0)
+        if scope is not None and first in scope.inputs:
+            source = Quantizer(module, input_prefix(first), scope.inputs[first])
         leaf = weight_leaf(module, scope, place, args, kwargs)
         if leaf is not None:
             self.weighted.setdefault((id(module), leaf), []).append(key)
@@ -126,7 +131,7 @@ class Linking(Rounding):
                 self._made[id(output)] = key
         if scope is not None and place in scope.values:
             self._by[id(output)] = Quantizer(module, f"{place[0]}_{place[1]}", scope.values[place])
-        elif place[0] in TRANSPARENT and source is not None:
+        elif place[0] in TRANSPARENT and source is not None and output is not args[0]:
             self.links.again[key] = source
             for part in output if isinstance(output, tuple | list) else [output]:
                 self._by[id(part)] = source
@@ -161,9 +166,8 @@ class Emitting(Rounding):
     ) -> Any:
         """See `Calls`."""
         scope, key = scope_of(module), (id(module), *place)
-        if scope is not None and place in scope.inputs:
-            by = Quantizer(module, f"{place[0]}_{place[1]}_input", scope.inputs[place])
-            args = (_round_trip(args[0], by), *args[1:])
+        if scope is not None and scope.inputs:
+            args, kwargs = self.with_inputs(module, scope, place, args, kwargs)
         pooled = _pooled(place[0], args, kwargs)
         flat = pooled is not None and place[0] == "mean" and not kwargs.get("keepdim", len(args) > 2 and args[2])
         if pooled is not None:
@@ -174,11 +178,15 @@ class Emitting(Rounding):
             output = self._compute(module, scope, place, func, args, kwargs)
         by_values = scope.values.get(place) if scope is not None else None
         if by_values is not None:
-            output = _round_trip(output, Quantizer(module, f"{place[0]}_{place[1]}", by_values))
+            output = self.rounded(module, f"{place[0]}_{place[1]}", by_values, output)
         elif key in self.links.again:
             again = self.links.again[key]
             output = pytree.tree_map_only(Tensor, lambda part: _round_trip(part, again), output)
         return output.flatten(1) if flat else output
+
+    def rounded(self, module: nn.Module, prefix: str, grid: Grid, value: Tensor) -> Tensor:
+        """See `Rounding`."""
+        return _round_trip(value, Quantizer(module, prefix, grid))
 
     def _compute(
         self,
@@ -210,8 +218,7 @@ def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any,
     """The name of the quantized weight that a call of a function gets."""
     if scope is None or not scope.weights or place[0] not in WEIGHTED:
         return None
-    weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    return next((leaf for leaf in scope.weights if module._parameters[leaf] is weight), None)
+    return next((leaf for leaf in scope.weights if len(args) > 1 and module._parameters[leaf] is args[1]), None)
 
 
 @torch.no_grad()
@@ -241,6 +248,9 @@ def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantize
     wide = [1] * (whole.dim() - 1)
     kept = (whole.double() * (scale / least).view(-1, *wide)).round().to(torch.int8)
     whole, scale = torch.where(coarse.view(-1, *wide), kept, whole), torch.where(coarse, least, scale)
+    # One without weights has its bias alone, which the products of steps have to be fine enough for.
+    empty = (whole == 0).flatten(1).all(1) & (shift != 0)
+    scale = torch.where(empty, torch.minimum(scale, shift.abs() / (unit * FINE)), scale)
     scale = scale.float()
     name = f"{leaf}_{call}"
     module.register_buffer(f"{name}_integers", whole)

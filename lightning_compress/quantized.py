@@ -1,42 +1,39 @@
 """Networks that compute with few numbers: calls of functions whose weights and results are rounded to a grid.
 
-The code of a network stays as it is, functional calls included. Hooks at its modules say which module is running; a
+The code of a network stays as it is, functional calls included. Its modules say when they are running; a
 `TorchFunctionMode` sees the functions that it calls, and counts them: the second `add` of `layer1.0` is the same place
 in every run, in training and evaluation, on one sample or many. What is rounded where is plain data (`Scope`), put
 there by the edit `Quantize`; step sizes and zero points are buffers beside it.
-
-Rounding in training is "fake" quantization (Jacob et al. 2018, arXiv 1712.05877): the arithmetic is that of floats
-which happen to be multiples of a step. The straight-through estimator passes gradients on to what was rounded, and step
-sizes get gradients as in LSQ (Esser et al. 2020, arXiv 1902.08153), LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576) or
-PACT (Choi et al. 2018, arXiv 1805.06085).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lightning_compress.grids import Grid, round_to
 
 __all__ = [
     "WEIGHTED",
     "Calls",
-    "Grid",
     "Rounding",
     "Scope",
-    "enter_scopes",
     "function_name",
-    "reset",
-    "round_to",
+    "input_prefix",
     "scope_of",
+    "unwatch",
     "using",
     "watch",
+    "watching",
 ]
 
 WEIGHTED = ("conv1d", "conv2d", "linear")
@@ -46,32 +43,13 @@ Place = tuple[str, int]
 """Name of a function, and which of its calls within one call of the module."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Integers from `low` to `high`.
+Argument = tuple[str, int, int]
+"""Name of a function, which of its calls, which of the tensors that it gets."""
 
-    Example:
-        >>> Grid.signed(8), Grid.unsigned(4).levels
-        (Grid(low=-127, high=127), 16)
-    """
 
-    low: int
-    high: int
-
-    @property
-    def levels(self) -> int:
-        """How many they are."""
-        return self.high - self.low + 1
-
-    @classmethod
-    def signed(cls, bits: int) -> Grid:
-        """Symmetric, without the lowest integer, so that a change of sign is a change of sign."""
-        return cls(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
-
-    @classmethod
-    def unsigned(cls, bits: int) -> Grid:
-        """From zero."""
-        return cls(0, 2**bits - 1)
+def input_prefix(argument: Argument) -> str:
+    """Of the buffers of an argument."""
+    return f"{argument[0]}_{argument[1]}_input{argument[2]}"
 
 
 @dataclass
@@ -81,23 +59,21 @@ class Scope:
     Attributes:
         weights: name of a parameter of the module -> its grid; the buffer `NAME_step` has a step for each output.
         values: place -> grid of what the function returns; buffers `FUNCTION_NUMBER_step` and `_zero`.
-        inputs: place -> grid of the function's first argument; buffers `FUNCTION_NUMBER_input_step` and `_zero`.
+        inputs: argument -> its grid; buffers `FUNCTION_NUMBER_inputWHICH_step` and `_zero`.
         folded: the module is a BatchNorm that a runtime folds into the layer before.
-        hooks: what watches the module.
     """
 
     weights: dict[str, Grid] = field(default_factory=dict)
     values: dict[Place, Grid] = field(default_factory=dict)
-    inputs: dict[Place, Grid] = field(default_factory=dict)
+    inputs: dict[Argument, Grid] = field(default_factory=dict)
     folded: bool = False
-    hooks: list[Any] = field(default_factory=list)
 
     def grids(self) -> Iterator[tuple[str, Grid]]:
         """Prefix of the buffers of every grid of values, and the grid."""
         for (name, number), grid in self.values.items():
             yield f"{name}_{number}", grid
-        for (name, number), grid in self.inputs.items():
-            yield f"{name}_{number}_input", grid
+        for argument, grid in self.inputs.items():
+            yield input_prefix(argument), grid
 
 
 def scope_of(module: nn.Module) -> Scope | None:
@@ -123,6 +99,8 @@ class Calls(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         name = function_name(func)
+        if name in WEIGHTED:
+            args, kwargs = _in_order(args, kwargs)
         module, counts = self.frames[-1]
         number = counts[name]
         counts[name] += 1
@@ -147,9 +125,8 @@ class Rounding(Calls):
             return func(*args, **kwargs)
         if scope.weights and place[0] in WEIGHTED:
             args, kwargs = self.with_weight(module, scope, args, kwargs)
-        if place in scope.inputs:
-            grid = scope.inputs[place]
-            args = (self.rounded(module, f"{place[0]}_{place[1]}_input", grid, args[0]), *args[1:])
+        if scope.inputs:
+            args, kwargs = self.with_inputs(module, scope, place, args, kwargs)
         output = func(*args, **kwargs)
         grid_out = scope.values.get(place)
         if grid_out is None:
@@ -160,12 +137,26 @@ class Rounding(Calls):
         self, module: nn.Module, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the rounded weight."""
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
         for leaf, grid in scope.weights.items():
-            if module._parameters.get(leaf) is weight and isinstance(weight, Tensor):
-                new = self.rounded_weight(module, leaf, grid, weight)
-                return ((args[0], new, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "weight": new})
+            weight = module._parameters[leaf]
+            if weight is not None and len(args) > 1 and args[1] is weight:
+                return (args[0], self.rounded_weight(module, leaf, grid, weight), *args[2:]), kwargs
         return args, kwargs
+
+    def with_inputs(
+        self, module: nn.Module, scope: Scope, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with those rounded that have a grid."""
+        wanted = {which: grid for (*own, which), grid in scope.inputs.items() if tuple(own) == place}
+        if not wanted:
+            return args, kwargs
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for which, grid in wanted.items():
+            position = tensors[which]
+            leaves[position] = self.rounded(module, input_prefix((*place, which)), grid, leaves[position])
+        new: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, structure)
+        return new
 
     def rounded_weight(self, module: nn.Module, leaf: str, grid: Grid, weight: Tensor) -> Tensor:
         """A weight on its grid."""
@@ -175,6 +166,16 @@ class Rounding(Calls):
         """A value on its grid."""
         step, zero = _buffer(module, f"{prefix}_step"), _buffer(module, f"{prefix}_zero")
         return round_to(value, step, zero, grid, rule_of(module))
+
+
+def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer's function, by position."""
+    rest, found = dict(kwargs), list(args)
+    for name in ("input", "weight", "bias")[len(args) :]:
+        if name not in rest:
+            break
+        found.append(rest.pop(name))
+    return tuple(found), rest
 
 
 def rule_of(module: nn.Module) -> str:
@@ -187,62 +188,6 @@ def _buffer(module: nn.Module, name: str) -> Tensor:
     tensor = module._buffers[name]
     assert tensor is not None
     return tensor
-
-
-def round_to(x: Tensor, step: Tensor, zero: Tensor | None, grid: Grid, rule: str = "lsq") -> Tensor:
-    """Values on a grid: `(clamp(round(x / step) + zero, low, high) - zero) * step`, halves to even.
-
-    Args:
-        x: values, of any floating-point type; the arithmetic is that of single precision.
-        step: one step, or one for each index of the first dim.
-        zero: the integer that stands for zero, as a float; None: 0. It is rounded.
-        grid: the integers.
-        rule: gradient of the step: `lsq`, `lsq+` (that of the zero point as well), `pact` (of what is clipped only).
-
-    Example:
-        >>> round_to(torch.tensor([0.26, -0.74, 9.0]), torch.tensor(0.5), None, Grid.signed(3))
-        tensor([ 0.5000, -0.5000,  1.5000])
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad):
-        rounded: Tensor = _Round.apply(x, step, zero, grid, rule)
-        return rounded
-    return _on_grid(x.float(), step, zero, grid)[0].to(x.dtype)
-
-
-def _on_grid(x: Tensor, step: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Rounded values, and the integers less the zero point."""
-    if step.dim():
-        step = step.view(-1, *[1] * (x.dim() - 1))
-    offset = step.new_zeros(()) if zero is None else zero.detach().round()
-    # Bounds less the zero point, so that nothing is added to what is rounded: x / step may be large.
-    integers = (x / step).round_().clamp_(grid.low - offset, grid.high - offset)
-    return integers * step, integers
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor | None, grid: Grid, rule: str) -> Tensor:
-        ctx.save_for_backward(x, step, zero)
-        ctx.grid, ctx.rule = grid, rule
-        return _on_grid(x.float(), step, zero, grid)[0].to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        x, step, zero = ctx.saved_tensors
-        wide = step.view(-1, *[1] * (x.dim() - 1)) if step.dim() else step
-        offset = step.new_zeros(()) if zero is None else zero.round()
-        ratio = x.float() / wide
-        integers = ratio.round().clamp_(ctx.grid.low - offset, ctx.grid.high - offset)
-        inside = (ratio >= ctx.grid.low - offset - 0.5) & (ratio <= ctx.grid.high - offset + 0.5)
-        through = gradient * inside
-        for_step = for_zero = None
-        if ctx.needs_input_grad[1]:
-            outside = gradient.float() - through.float() if ctx.rule == "pact" else gradient.float()
-            by_step = outside * integers if ctx.rule == "pact" else outside * (integers - ratio * inside)
-            for_step = by_step.flatten(1).sum(1) if step.dim() else by_step.sum()
-        if zero is not None and ctx.needs_input_grad[2] and ctx.rule == "lsq+":
-            for_zero = -(gradient.float() - through.float()).sum() * step
-        return through, for_step, for_zero, None, None
 
 
 _ACTIVE = threading.local()
@@ -266,64 +211,45 @@ def using(calls: Calls) -> Iterator[Calls]:
         _ACTIVE.calls = before
 
 
-class _Enter:
-    """A forward pre-hook, an object so that networks with it can be copied and pickled."""
+def watch(module: nn.Module) -> None:
+    """Tell the active `Calls` when a module runs; without one, round what its scope says.
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        calls = _active()
-        if calls is not None and any(other is module for other, _ in calls.frames):
-            reset()  # a run that was interrupted (Ctrl-C) never left it
-            calls = _active()
-        if calls is None:
-            calls = Rounding()
-            calls.__enter__()
-            _ACTIVE.calls, _ACTIVE.outermost = calls, calls
-        calls.frames.append((module, Counter()))
+    The instance gets a `forward` of its own, not hooks: those are not told when a run ends in an interrupt.
+    """
+    module.__dict__["forward"] = partial(_watched, module, module.__dict__.get("forward"))
 
 
-class _Leave:
-    """A forward hook that is called after an error as well."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        calls = _active()
-        if calls is None or not calls.frames:
-            return
-        calls.frames.pop()
-        if not calls.frames:
-            _stop(calls)
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`."""
+    watched = module.__dict__.pop("forward")
+    if watched.args[1] is not None:  # it had a `forward` of its own before
+        module.__dict__["forward"] = watched.args[1]
 
 
-def reset() -> None:
-    """No watched module runs: one that did has ended in what is no `Exception`, of which hooks are not told."""
+def _watched(module: nn.Module, forward: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a watched module."""
     calls = _active()
     if calls is None:
-        return
-    calls.frames.clear()
-    _stop(calls)
+        with using(Rounding()):
+            return _watched(module, forward, *args, **kwargs)
+    calls.frames.append((module, Counter()))
+    try:
+        return type(module).forward(module, *args, **kwargs) if forward is None else forward(*args, **kwargs)
+    finally:
+        calls.frames.pop()
 
 
-def _stop(calls: Calls) -> None:
-    """End a mode that the outermost module has made; not one that somebody is `using`."""
-    if getattr(_ACTIVE, "outermost", None) is calls:
-        _ACTIVE.calls = _ACTIVE.outermost = None
-        calls.__exit__(None, None, None)
-
-
-def watch(module: nn.Module) -> list[Any]:
-    """Tell the active `Calls` when a module runs.
-
-    Returns:
-        The handles of the hooks.
-    """
-    return [
-        module.register_forward_pre_hook(_Enter()),
-        module.register_forward_hook(_Leave(), always_call=True),
-    ]
-
-
-def enter_scopes(model: nn.Module, paths: Mapping[str, Any] | list[str]) -> list[Any]:
-    """Watch modules; the handles of the hooks."""
-    return [handle for path in paths for handle in watch(model.get_submodule(path))]
+@contextmanager
+def watching(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Watch modules, inside of the block."""
+    modules = list(modules)
+    for module in modules:
+        watch(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            unwatch(module)
 
 
 _NAMES: dict[Any, str] = {}

@@ -24,7 +24,6 @@ from lightning_compress.edits import Edit, Quantize, history
 from lightning_compress.methods.posttraining import ORIGIN, Precision, Prepared, costs, places, prepare, regrid
 from lightning_compress.methods.quantization import BITS, set_steps
 from lightning_compress.methods.targets import TARGETS
-from lightning_compress.quantized import reset
 
 __all__ = ["Quantization"]
 
@@ -271,14 +270,13 @@ class Quantization(CompressionCallback):
             pl_module.cpu()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Whatever ran runs no more."""
-        reset()
+        """There will be no teardown."""
+        self._let_go()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See `CompressionCallback`."""
         super().teardown(trainer, pl_module, stage)
         self._let_go()
-        reset()
 
     def state_dict(self) -> dict[str, Any]:
         """What the base keeps, and how the training of steps stands."""

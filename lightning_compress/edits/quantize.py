@@ -11,12 +11,16 @@ from torch import nn
 
 from lightning_compress.edits.companions import companions
 from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors
-from lightning_compress.quantized import Grid, Scope, scope_of, watch
+from lightning_compress.grids import Grid
+from lightning_compress.quantized import Scope, scope_of, unwatch, watch
 
 __all__ = ["Quantize"]
 
 Site = tuple[str, str, int]
 """Path of a module, name of a function that it calls, which of its calls."""
+
+Argument = tuple[str, str, int, int]
+"""The same, and which of the tensors that the function gets."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Quantize:
     Attributes:
         weights: name -> its grid.
         values: site -> grid of what the function returns.
-        inputs: site -> grid of the function's first argument.
+        inputs: argument of a function -> its grid.
         scopes: paths of the modules that are watched, so that sites are found again.
         folded: paths of BatchNorms that a runtime folds into the layer before.
         before: name -> the grid that a quantized weight has; then the edit gives these weights other grids, and nothing
@@ -57,7 +61,7 @@ class Quantize:
 
     weights: Mapping[str, Grid]
     values: Mapping[Site, Grid] = field(default_factory=dict)
-    inputs: Mapping[Site, Grid] = field(default_factory=dict)
+    inputs: Mapping[Argument, Grid] = field(default_factory=dict)
     scopes: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     before: Mapping[str, Grid] = field(default_factory=dict)
@@ -71,7 +75,7 @@ class Quantize:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
         tensors = dict(named_tensors(model))
-        sites = [site[0] for site in (*self.values, *self.inputs)]
+        sites = [*(site[0] for site in self.values), *(argument[0] for argument in self.inputs)]
         for path in (*self.scopes, *self.folded, *sites):
             if path not in modules:
                 raise EditError(f"edit of {path!r}: the network has no such module; is it another architecture?")
@@ -93,7 +97,8 @@ class Quantize:
             return []
         for path in self._paths():
             module = model.get_submodule(path)
-            module.__dict__["_quantization"] = Scope(hooks=watch(module))
+            module.__dict__["_quantization"] = Scope()
+            watch(module)
         for name, grid in self.weights.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
@@ -104,13 +109,21 @@ class Quantize:
             scope.weights[leaf] = grid
             module.register_buffer(f"{leaf}_step", weight.detach().new_ones(len(weight), dtype=torch.float32))
         like = next(model.parameters()).detach()
-        for sites, field_, end in ((self.values, "values", ""), (self.inputs, "inputs", "_input")):
-            for (path, function, number), grid in sites.items():
-                module = model.get_submodule(path)
-                getattr(scope_of(module), field_)[function, number] = grid
+        for (path, function, number), grid in self.values.items():
+            own = scope_of(model.get_submodule(path))
+            assert own is not None
+            own.values[function, number] = grid
+        for (path, function, number, which), grid in self.inputs.items():
+            own = scope_of(model.get_submodule(path))
+            assert own is not None
+            own.inputs[function, number, which] = grid
+        for path in dict.fromkeys([*(site[0] for site in self.values), *(argument[0] for argument in self.inputs)]):
+            module = model.get_submodule(path)
+            own = scope_of(module)
+            assert own is not None
+            for prefix, _ in own.grids():
                 for what, value in (("step", 1.0), ("zero", 0.0)):
-                    buffer = like.new_full((), value, dtype=torch.float32)
-                    module.register_buffer(f"{function}_{number}{end}_{what}", buffer)
+                    module.register_buffer(f"{prefix}_{what}", like.new_full((), value, dtype=torch.float32))
         for path in self.folded:
             scope = scope_of(model.get_submodule(path))
             assert scope is not None
@@ -126,8 +139,7 @@ class Quantize:
             module = model.get_submodule(path)
             scope = scope_of(module)
             assert scope is not None
-            for handle in scope.hooks:
-                handle.remove()
+            unwatch(module)
             for name in [f"{leaf}_step" for leaf in scope.weights]:
                 delattr(module, name)
             for prefix, _ in scope.grids():
@@ -141,7 +153,7 @@ class Quantize:
             "kind": self.kind,
             "weights": {name: [grid.low, grid.high] for name, grid in self.weights.items()},
             "values": [[*site, grid.low, grid.high] for site, grid in self.values.items()],
-            "inputs": [[*site, grid.low, grid.high] for site, grid in self.inputs.items()],
+            "inputs": [[*argument, grid.low, grid.high] for argument, grid in self.inputs.items()],
             "scopes": list(self.scopes),
             "folded": list(self.folded),
             "before": {name: [grid.low, grid.high] for name, grid in self.before.items()},
@@ -154,8 +166,11 @@ class Quantize:
         """The inverse of `to_json`."""
         return cls(
             weights=_grids(data["weights"]),
-            values=_sites(data["values"]),
-            inputs=_sites(data["inputs"]),
+            values={(str(p), str(f), int(n)): Grid(int(low), int(high)) for p, f, n, low, high in data["values"]},
+            inputs={
+                (str(p), str(f), int(n), int(which)): Grid(int(low), int(high))
+                for p, f, n, which, low, high in data["inputs"]
+            },
             scopes=tuple(str(path) for path in data["scopes"]),
             folded=tuple(str(path) for path in data["folded"]),
             before=_grids(data["before"]),
@@ -175,7 +190,7 @@ class Quantize:
 
     def _paths(self) -> tuple[str, ...]:
         owners = [name.rpartition(".")[0] for name in self.weights]
-        sites = [site[0] for site in (*self.values, *self.inputs)]
+        sites = [*(site[0] for site in self.values), *(argument[0] for argument in self.inputs)]
         return tuple(dict.fromkeys([*self.scopes, *self.folded, *owners, *sites]))
 
 
@@ -189,7 +204,3 @@ def _regrid(model: nn.Module, grids: Mapping[str, Grid]) -> None:
 
 def _grids(data: Mapping[str, Sequence[int]]) -> dict[str, Grid]:
     return {name: Grid(int(low), int(high)) for name, (low, high) in data.items()}
-
-
-def _sites(data: Sequence[Sequence[Any]]) -> dict[Site, Grid]:
-    return {(str(path), str(name), int(number)): Grid(int(low), int(high)) for path, name, number, low, high in data}

@@ -7,7 +7,7 @@ that is asked for, and keep no activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_compress.calls import Call, run_calls
 from lightning_compress.methods.replaceable import Layers
-from lightning_compress.quantized import reset
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["compare_outputs", "first_and_last", "input_norms", "visit"]
@@ -147,10 +146,8 @@ def first_and_last(network: nn.Module, names: Iterable[str], calls: Sequence[Cal
 
 
 def _run(model: nn.Module, call: Call) -> None:
-    try:
+    with suppress(_Stop):
         model.get_submodule(call.path)(*call.args, **call.kwargs)
-    except _Stop:
-        reset()
 
 
 @contextmanager

@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.calls import Call, run_calls
+from lightning_compress.container import ENTRY
+from lightning_compress.grids import Grid
 from lightning_compress.methods.allocation import Option, allocate
 from lightning_compress.methods.coding import encode
 from lightning_compress.methods.observers import steps_for
 from lightning_compress.methods.quantization import BITS, integers, quantized_weights
 from lightning_compress.methods.targets import TARGETS
-from lightning_compress.quantized import Grid, scope_of
+from lightning_compress.quantized import scope_of
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["FLOAT_BITS", "share_bits"]
@@ -33,6 +35,7 @@ def share_bits(
     macs: Mapping[str, float],
     value_bits: int,
     target: str,
+    reserve: float = 0.0,
 ) -> dict[str, int]:
     """Bits for each weight, within a budget, from what the network's outputs lose when one weight alone has so few.
 
@@ -46,6 +49,7 @@ def share_bits(
         macs: name of a weight -> multiply-accumulates.
         value_bits: bits of values.
         target: one of `TARGETS`.
+        reserve: bytes to stay below a budget of bytes by: what the file was larger than foreseen.
 
     Returns:
         Name of a weight -> bits.
@@ -64,7 +68,7 @@ def share_bits(
             for bits in BITS:
                 other = machine.weights(bits)
                 new = step if other == grid else steps_for(weight, other, "mse")
-                size = len(encode(integers(weight, new, other)))
+                size = min(weight.numel(), len(encode(integers(weight, new, other))) + ENTRY)  # as the file has it
                 coded += size if bits == BITS[0] else 0
                 error = 0.0
                 if other != grid:
@@ -74,6 +78,8 @@ def share_bits(
                 own.append(Option(bits, error, costs))
             options.append(own)
     limits = budget.limits(dense)
+    if "bytes" in limits:
+        limits["bytes"] -= reserve
     rest = {"bytes": max(0.0, float(artifact_bytes(quantized) - coded)), "bit_operations": 0.0}
     try:
         chosen = allocate(options, rest, limits)

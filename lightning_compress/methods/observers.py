@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_compress.quantized import Grid, round_to
+from lightning_compress.grids import Grid, round_to
 
 __all__ = ["OBSERVERS", "Seen", "grid_for", "steps_for"]
 
@@ -116,8 +116,8 @@ def steps_for(weight: Tensor, grid: Grid, observer: str) -> Tensor:
             step = (full * fraction).clamp_min(torch.finfo(torch.float32).tiny)
             error = (round_to(rows, step, None, grid) - rows).square().sum(1)
             best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-    largest = float(best.max())
-    return torch.where(full > 0, best, largest if largest > 0 else 1.0)
+    alive = full > 0
+    return torch.where(alive, best, float(best[alive].max()) if alive.any() else 1.0)
 
 
 def _minmax(seen: Seen, grid: Grid) -> tuple[float, float]:
@@ -155,9 +155,9 @@ def _entropy(seen: Seen, grid: Grid) -> tuple[float, float]:
     if not size > 0:
         return seen.low, seen.high
     histogram = torch.histc(values.abs()[values != 0].cpu(), BINS, 0.0, size).double()
-    levels = grid.levels // 2 if seen.low < 0 else grid.levels
+    levels = grid.high if grid.low < 0 else grid.levels // 2 if seen.low < 0 else grid.levels
     best, least = BINS, float("inf")
-    for end in range(max(levels, BINS // 16), BINS + 1, BINS // 128):
+    for end in [*range(max(levels, BINS // 16), BINS, BINS // 128), BINS]:
         kept = histogram[:end].clone()
         kept[-1] += histogram[end:].sum()
         chunks = F.pad(histogram[:end], (0, -end % levels)).view(levels, -1)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.calls import Call, resize_batch
 from lightning_compress.edits import companions
-from lightning_compress.quantized import WEIGHTED, Calls, enter_scopes, using
+from lightning_compress.quantized import WEIGHTED, Calls, using, watching
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["Pair", "Placement", "Site", "find_places"]
@@ -27,10 +27,13 @@ __all__ = ["Pair", "Placement", "Site", "find_places"]
 Site = tuple[str, str, int]
 """Path of a module, name of a function, which of its calls."""
 
+Argument = tuple[str, str, int, int]
+"""The same, and which of the tensors that the function gets."""
+
 PASSIVE = ("add", "cat", "mul", "mean", "avg_pool2d", "adaptive_avg_pool2d", "sigmoid")
 """Functions that a runtime carries out on integers, if they get some."""
 
-FUSED = ("relu", "relu6", "hardtanh", "dropout", "dropout2d")
+FUSED = ("relu", "relu6", "hardtanh")
 """Functions that are carried out with the one before."""
 
 TRANSPARENT = (
@@ -61,10 +64,9 @@ class Placement:
 
     Attributes:
         scopes: paths of the modules that are watched.
-        weights: name -> the site of the value that it is multiplied with; a site of a function's input ends in ":in".
-        order: names of the weights in the order that data reaches them.
+        weights: names of the weights, in the order that data reaches them.
         values: sites whose results are rounded, in order.
-        inputs: sites whose first argument is rounded.
+        inputs: arguments that are rounded where they are used, for they come from outside.
         folded: path of a BatchNorm -> name of the weight that it is folded into.
         limits: site -> the largest value that the function before lets through (ReLU6).
         pairs: layers whose scales may be exchanged.
@@ -75,7 +77,7 @@ class Placement:
     scopes: tuple[str, ...]
     weights: tuple[str, ...]
     values: tuple[Site, ...]
-    inputs: tuple[Site, ...]
+    inputs: tuple[Argument, ...]
     folded: Mapping[str, str]
     limits: Mapping[Site, float] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
@@ -87,7 +89,10 @@ class Placement:
 class _Node:
     site: Site
     inputs: list[int]
+    arguments: list[int | None]
     outputs: list[int]
+    single: bool
+    rank: int
     weight: str | None
     ceiling: float | None
     macs: float
@@ -111,16 +116,10 @@ def find_places(
         if path in roots or any(True for _ in module.children()) or module._parameters
     ]
     tracer = _Tracer(model)
-    with without_observers(model), undisturbed(model):
-        handles = enter_scopes(model, scopes)
-        try:
-            with using(tracer):
-                for call in resize_batch(calls, 1):
-                    tracer.seen(call.tensors())
-                    tracer.ends(model.get_submodule(call.path)(*call.args, **call.kwargs))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with without_observers(model), undisturbed(model), watching(map(model.get_submodule, scopes)), using(tracer):
+        for call in resize_batch(calls, 1):
+            tracer.seen(call.tensors())
+            tracer.ends(model.get_submodule(call.path)(*call.args, **call.kwargs))
     return _Placing(model, tracer, exclude or (lambda _: None)).place(tuple(scopes))
 
 
@@ -153,7 +152,8 @@ class _Tracer(Calls):
     ) -> Any:
         """See `Calls`."""
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = [self._values[id(leaf)] for leaf in leaves if id(leaf) in self._values]
+        arguments = [self._values.get(id(leaf)) for leaf in leaves]
+        inputs = [value for value in arguments if value is not None]
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         output = func(*args, **kwargs)
         results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -170,7 +170,9 @@ class _Tracer(Calls):
                 ceiling = high if low == 0.0 else float("nan")
             site = (self._paths[id(module)], *place)
             number = len(self.nodes)
-            self.nodes.append(_Node(site, inputs, [self._new(t) for t in results], known, ceiling, float(macs)))
+            outputs, single = [self._new(tensor) for tensor in results], isinstance(output, Tensor)
+            rank = results[0].dim()
+            self.nodes.append(_Node(site, inputs, arguments, outputs, single, rank, known, ceiling, float(macs)))
             for value in dict.fromkeys(inputs):
                 self.consumed[value].append(number)
             for value in self.nodes[-1].outputs:
@@ -195,7 +197,7 @@ class _Placing:
     def __init__(self, model: nn.Module, tracer: _Tracer, exclude: Callable[[str], str | None]) -> None:
         self.model, self.trace, self.exclude = model, tracer, exclude
         self.values: dict[Site, None] = {}
-        self.inputs: dict[Site, None] = {}
+        self.inputs: dict[Argument, None] = {}
         self.folded: dict[str, str] = {}
         self.limits: dict[Site, float] = {}
         self.rounded: set[int] = set()
@@ -221,7 +223,7 @@ class _Placing:
             scopes,
             tuple(dict.fromkeys(str(node.weight) for node in weighted)),
             tuple(sorted(self.values, key=lambda site: order[site])),
-            tuple(sorted(self.inputs, key=lambda site: order[site])),
+            tuple(sorted(self.inputs, key=lambda argument: (order[argument[:3]], argument[3]))),
             self.folded,
             {site: limit for site, limit in self.limits.items() if site in self.values},
             tuple(self._pairs(weighted)),
@@ -281,7 +283,9 @@ class _Placing:
         while value not in self.trace.last and len(self.trace.consumed[value]) == 1:
             after = self.trace.nodes[self.trace.consumed[value][0]]
             name = after.site[1]
-            norm = name == "batch_norm" and not chain and node.weight is not None and self._foldable(after)
+            outputs_last = node.site[1] != "linear" or node.rank == 2  # else the norm is over another dim
+            norm = name == "batch_norm" and not chain and node.weight is not None and outputs_last
+            norm = norm and self._foldable(after)
             if not norm and (name not in FUSED or after.ceiling != after.ceiling):
                 break
             chain.append(after)
@@ -314,17 +318,16 @@ class _Placing:
     def _round(self, value: int, consumer: _Node) -> None:
         """Let a value be rounded, where it is made; one from outside, where it is used."""
         number = self.trace.produced.get(value)
-        if number is None:
-            if consumer.inputs and consumer.inputs[0] == value:
-                self.inputs[consumer.site] = None
+        node = None if number is None else self.trace.nodes[number]
+        if node is None or not (node.single or node.site[1] in TRANSPARENT):
+            for which, argument in enumerate(consumer.arguments):
+                if argument == value:
+                    self.inputs[(*consumer.site, which)] = None
+            self.rounded.add(value)
             return
-        node = self.trace.nodes[number]
-        if node.site[1] in TRANSPARENT and node.site[1] not in FUSED:
-            if node.inputs[0] in self.trace.produced:
-                self._round(node.inputs[0], node)
-                self.rounded.add(value)
-            else:  # of the network's input
-                self._make(node.site, value)
+        if node.site[1] in TRANSPARENT and (node.inputs[0] in self.trace.produced or not node.single):
+            self._round(node.inputs[0], node)
+            self.rounded.add(value)
             return
         self._make(node.site, value)
 

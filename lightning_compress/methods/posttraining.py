@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.budget import Budget
+from lightning_compress.artifact import artifact_bytes
+from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.edits import Quantize, apply_edits, skeleton
 from lightning_compress.methods.equalization import equalize
-from lightning_compress.methods.mixed import share_bits
+from lightning_compress.methods.mixed import FLOAT_BITS, share_bits
 from lightning_compress.methods.observers import OBSERVERS
 from lightning_compress.methods.patterns import matches, unmatched
 from lightning_compress.methods.placement import Placement, find_places
@@ -25,6 +26,9 @@ from lightning_compress.quiet import without_observers
 __all__ = ["Precision", "Prepared", "prepare", "quantize"]
 
 ORIGIN = "quantization"
+
+TRIES = 4
+"""Times that bits are shared out anew because the file came out larger than foreseen."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Prepared:
         placement: where it is quantized, and what is left.
         bits: name of a weight -> bits.
         errors: path of a layer -> output error that is left, relative to the energy of the outputs.
+        bytes: of the file that it makes.
     """
 
     edit: Quantize
@@ -119,6 +124,7 @@ class Prepared:
     placement: Placement
     bits: Mapping[str, int]
     errors: Mapping[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
 
     def apply(self, model: nn.Module) -> None:
         """Set the tensors of a network that has been through `edit`."""
@@ -146,6 +152,16 @@ def places(model: nn.Module, calls: Sequence[Call], precision: Precision) -> Pla
     return placement
 
 
+def check_data(calls: Sequence[Call]) -> None:
+    """Raise unless there is something to calibrate on.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if not any(tensor.numel() for call in calls for tensor in call.tensors()):
+        raise ValueError("quantization needs calibration data: a few hundred inputs")
+
+
 def prepare(
     model: nn.Module, calls: Sequence[Call], precision: Precision, dense: Mapping[str, float] | None = None
 ) -> Prepared:
@@ -161,6 +177,7 @@ def prepare(
         ValueError: nothing to quantize, or calibration data that is missing or not finite.
         BudgetError: a budget that cannot be met.
     """
+    check_data(calls)
     placement = places(model, calls[:1], precision)
     with without_observers(model):
         original, trial = (skeleton(model, torch.clone) for _ in range(2))
@@ -168,22 +185,51 @@ def prepare(
     if precision.equalization:
         for network in (original, trial):
             equalize(network, placement.pairs)
-    bits = precision.of(placement.weights)
     if precision.budget is not None:
         assert dense is not None
-        with without_observers(model):
-            first = skeleton(trial, torch.clone)
-        widest = dict.fromkeys(placement.weights, BITS[0])
-        apply_edits(first, [plan(placement, widest, precision.value_bits, precision.machine, precision.ends, ORIGIN)])
-        calibrate(first, placement, calls, precision.observer)
-        bits = share_bits(
-            first, calls, precision.budget, dense, placement.macs, precision.value_bits, precision.machine
-        )
+        return _within(original, trial, placement, calls, precision, precision.budget, dense)
+    return _finished(original, trial, placement, calls, precision, precision.of(placement.weights))
+
+
+def _finished(
+    original: nn.Module,
+    trial: nn.Module,
+    placement: Placement,
+    calls: Sequence[Call],
+    precision: Precision,
+    bits: Mapping[str, int],
+) -> Prepared:
+    """With so many bits; `trial` is changed."""
     edit = plan(placement, bits, precision.value_bits, precision.machine, precision.ends, ORIGIN)
     apply_edits(trial, [edit])
     calibrate(trial, placement, calls, precision.observer)
     errors = fit_rounding(original, trial, calls, precision.rounding)
-    return Prepared(edit, trial.state_dict(), placement, bits, errors)
+    return Prepared(edit, trial.state_dict(), placement, bits, errors, artifact_bytes(trial))
+
+
+def _within(
+    original: nn.Module,
+    trial: nn.Module,
+    placement: Placement,
+    calls: Sequence[Call],
+    precision: Precision,
+    budget: Budget,
+    dense: Mapping[str, float],
+) -> Prepared:
+    """With as many bits as a budget allows; the file of what comes out is held to it."""
+    widest = skeleton(trial, torch.clone)
+    most = dict.fromkeys(placement.weights, BITS[0])
+    apply_edits(widest, [plan(placement, most, precision.value_bits, precision.machine, precision.ends, ORIGIN)])
+    calibrate(widest, placement, calls, precision.observer)
+    limit, reserve = budget.limits(dense).get("bytes", float("inf")), 0.0
+    for _ in range(TRIES):
+        given = (placement.macs, precision.value_bits, precision.machine, reserve)
+        bits = share_bits(widest, calls, budget, dense, *given)
+        prepared = _finished(original, skeleton(trial, torch.clone), placement, calls, precision, bits)
+        if prepared.bytes <= limit:
+            return prepared
+        reserve += prepared.bytes - limit  # weights rounded together are coded less well than those foreseen
+    raise BudgetError(f"a budget of {limit:,.0f} bytes cannot be met: the best file has {prepared.bytes:,.0f}")
 
 
 def quantize(model: nn.Module, inputs: Tensor | Call | Sequence[Any], **precision: Any) -> Prepared:
@@ -211,6 +257,7 @@ def quantize(model: nn.Module, inputs: Tensor | Call | Sequence[Any], **precisio
     """
     asked = Precision(**precision)
     calls = as_calls(inputs)
+    check_data(calls)
     dense = None if asked.budget is None else costs(model, places(model, calls[:1], asked))
     prepared = prepare(model, calls, asked, dense)
     apply_edits(model, [prepared.edit])
@@ -220,9 +267,6 @@ def quantize(model: nn.Module, inputs: Tensor | Call | Sequence[Any], **precisio
 
 def costs(model: nn.Module, placement: Placement) -> dict[str, float]:
     """What a network costs in the units of budgets, before it is quantized."""
-    from lightning_compress.artifact import artifact_bytes
-    from lightning_compress.methods.mixed import FLOAT_BITS
-
     return {
         "bytes": float(artifact_bytes(model)),
         "bit_operations": sum(placement.macs.values()) * FLOAT_BITS**2,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lightning_compress.calls import Call, run_calls
 from lightning_compress.edits import Quantize
+from lightning_compress.grids import Grid, round_to
 from lightning_compress.methods.observers import OBSERVERS, Seen, grid_for, steps_for
 from lightning_compress.methods.placement import Placement
 from lightning_compress.methods.targets import TARGETS
-from lightning_compress.quantized import Grid, Rounding, round_to, scope_of, using
+from lightning_compress.quantized import Rounding, scope_of, using
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = [

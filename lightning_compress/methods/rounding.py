@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call, batch_size, resize_batch
+from lightning_compress.grids import Grid, round_to
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.quantization import quantized_weights
 from lightning_compress.methods.replaceable import find_layers
 from lightning_compress.methods.sequential import Data
-from lightning_compress.quantized import Grid, round_to
 
 __all__ = ["ROUNDINGS", "fit_rounding", "round_jointly"]
 
@@ -70,8 +70,11 @@ def fit_rounding(model: nn.Module, quantized: nn.Module, calls: Sequence[Call], 
         objective = moments.objective(layer.centred)
         trained = _matrix(layer.geometry, weight)
         wide = _matrix(layer.geometry, step.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
-        start = objective.solution(trained) if rounding == "joint" else trained
-        rounded = round_jointly(start, objective, wide, grid) if rounding == "joint" else _nearest(start, wide, grid)
+        rounded = _nearest(trained, wide, grid)
+        if rounding == "joint":
+            together = round_jointly(objective.solution(trained), objective, wide, grid)
+            better = _errors(together, objective) < _errors(rounded, objective)  # one after another may lose, too
+            rounded = torch.where(better[..., None], together, rounded)
         with torch.no_grad():
             weight.copy_(round_to(_weight(layer.geometry, rounded, weight), step, None, grid))
             offset = objective.offset(rounded)
@@ -117,6 +120,11 @@ def round_jointly(weight: Tensor, objective: Objective, step: Tensor, grid: Grid
         error = (left[..., column] - rounded[..., column]) / factor[:, column, column, None]
         left[..., column:] -= error[..., None] * factor[:, column, None, column:]
     return rounded
+
+
+def _errors(matrix: Tensor, objective: Objective) -> Tensor:
+    """The squared error of each output, but for what no weight changes: [G, O]."""
+    return ((objective.apply(matrix) - 2 * objective.cross) * matrix).sum(-1)
 
 
 def _nearest(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:

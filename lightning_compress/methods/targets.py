@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_compress.quantized import Grid
+from lightning_compress.grids import Grid
 
 __all__ = ["TARGETS", "Target", "this_machine"]
 

@@ -11,21 +11,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.calls import Call, resize_batch
 from lightning_compress.edits import companions
-from lightning_compress.quantized import WEIGHTED, Calls, using, watching
+from lightning_compress.methods.function_trace import Node, Site, Tracer
+from lightning_compress.quantized import WEIGHTED, using, watching
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["Pair", "Placement", "Site", "find_places"]
-
-Site = tuple[str, str, int]
-"""Path of a module, name of a function, which of its calls."""
 
 Argument = tuple[str, str, int, int]
 """The same, and which of the tensors that the function gets."""
@@ -85,19 +81,6 @@ class Placement:
     macs: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class _Node:
-    site: Site
-    inputs: list[int]
-    arguments: list[int | None]
-    outputs: list[int]
-    single: bool
-    rank: int
-    weight: str | None
-    ceiling: float | None
-    macs: float
-
-
 def find_places(
     model: nn.Module, calls: Sequence[Call], exclude: Callable[[str], str | None] | None = None
 ) -> Placement:
@@ -115,7 +98,7 @@ def find_places(
         for path, module in model_names.items()
         if path in roots or any(True for _ in module.children()) or module._parameters
     ]
-    tracer = _Tracer(model)
+    tracer = Tracer(model)
     with without_observers(model), undisturbed(model), watching(map(model.get_submodule, scopes)), using(tracer):
         for call in resize_batch(calls, 1):
             tracer.seen(call.tensors())
@@ -123,78 +106,8 @@ def find_places(
     return _Placing(model, tracer, exclude or (lambda _: None)).place(tuple(scopes))
 
 
-class _Tracer(Calls):
-    """Writes down which functions are called, on which values."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.nodes: list[_Node] = []
-        self.last: set[int] = set()
-        self.produced: dict[int, int] = {}
-        self.consumed: dict[int, list[int]] = defaultdict(list)
-        self._values: dict[int, int] = {}
-        self._alive: list[Tensor] = []
-        self._count = 0
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._names = {id(p): name for name, p in model.named_parameters()}
-
-    def seen(self, tensors: Sequence[Tensor]) -> None:
-        """Values that come from outside."""
-        for tensor in tensors:
-            self._new(tensor)
-
-    def ends(self, output: Any) -> None:
-        """What the network returns."""
-        self.last |= {self._values[id(t)] for t in pytree.tree_leaves(output) if id(t) in self._values}
-
-    def call(
-        self, module: nn.Module, place: tuple[str, int], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """See `Calls`."""
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        arguments = [self._values.get(id(leaf)) for leaf in leaves]
-        inputs = [value for value in arguments if value is not None]
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        output = func(*args, **kwargs)
-        results = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        if inputs and results:
-            name = place[0]
-            weighted = name.startswith("conv") or name == "linear"
-            known = self._names.get(id(weight)) if weighted else None
-            macs = results[0].numel() * weight[0].numel() if weighted and isinstance(weight, Tensor) else 0.0
-            ceiling = None
-            if name == "relu6":
-                ceiling = 6.0
-            elif name == "hardtanh":
-                low, high = _bounds(args, kwargs)
-                ceiling = high if low == 0.0 else float("nan")
-            site = (self._paths[id(module)], *place)
-            number = len(self.nodes)
-            outputs, single = [self._new(tensor) for tensor in results], isinstance(output, Tensor)
-            rank = results[0].dim()
-            self.nodes.append(_Node(site, inputs, arguments, outputs, single, rank, known, ceiling, float(macs)))
-            for value in dict.fromkeys(inputs):
-                self.consumed[value].append(number)
-            for value in self.nodes[-1].outputs:
-                self.produced[value] = number
-        return output
-
-    def _new(self, tensor: Tensor) -> int:
-        self._alive.append(tensor)  # so that no other gets its id
-        self._values[id(tensor)] = self._count
-        self._count += 1
-        return self._count - 1
-
-
-def _bounds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    names = ("min_val", "max_val")
-    given = dict(zip(names, (-1.0, 1.0), strict=True)) | dict(zip(names, args[1:3], strict=False))
-    given |= {name: kwargs[name] for name in names if name in kwargs}
-    return float(given["min_val"]), float(given["max_val"])
-
-
 class _Placing:
-    def __init__(self, model: nn.Module, tracer: _Tracer, exclude: Callable[[str], str | None]) -> None:
+    def __init__(self, model: nn.Module, tracer: Tracer, exclude: Callable[[str], str | None]) -> None:
         self.model, self.trace, self.exclude = model, tracer, exclude
         self.values: dict[Site, None] = {}
         self.inputs: dict[Argument, None] = {}
@@ -272,13 +185,13 @@ class _Placing:
 
     # Which values.
 
-    def _ends(self, node: _Node) -> bool:
+    def _ends(self, node: Node) -> bool:
         value = self._end(node)[0]
         return value in self.trace.last and not self.trace.consumed[value]
 
-    def _end(self, node: _Node) -> tuple[int, list[_Node]]:
+    def _end(self, node: Node) -> tuple[int, list[Node]]:
         """The value at the end of what is carried out with a function, and that."""
-        chain: list[_Node] = []
+        chain: list[Node] = []
         value = node.outputs[0]
         while value not in self.trace.last and len(self.trace.consumed[value]) == 1:
             after = self.trace.nodes[self.trace.consumed[value][0]]
@@ -292,7 +205,7 @@ class _Placing:
             value = after.outputs[0]
         return value, chain
 
-    def _foldable(self, node: _Node) -> bool:
+    def _foldable(self, node: Node) -> bool:
         norm = self.model.get_submodule(node.site[0])
         once = sum(other.site == node.site for other in self.trace.nodes) == 1
         return (
@@ -302,7 +215,7 @@ class _Placing:
             and not norm.__dict__.get("_parametrizations")
         )
 
-    def _round_end(self, node: _Node) -> None:
+    def _round_end(self, node: Node) -> None:
         value, chain = self._end(node)
         for after in chain:
             if after.site[1] == "batch_norm":
@@ -311,11 +224,11 @@ class _Placing:
                 self.limits[after.site] = after.ceiling
         self._round(value, node)
 
-    def _round_input(self, node: _Node) -> None:
+    def _round_input(self, node: Node) -> None:
         if node.inputs:
             self._round(node.inputs[0], node)
 
-    def _round(self, value: int, consumer: _Node) -> None:
+    def _round(self, value: int, consumer: Node) -> None:
         """Let a value be rounded, where it is made; one from outside, where it is used."""
         number = self.trace.produced.get(value)
         node = None if number is None else self.trace.nodes[number]
@@ -345,7 +258,7 @@ class _Placing:
 
     # Which layers may exchange scales.
 
-    def _pairs(self, weighted: Sequence[_Node]) -> list[Pair]:
+    def _pairs(self, weighted: Sequence[Node]) -> list[Pair]:
         calls: dict[str, int] = defaultdict(int)
         for node in weighted:
             calls[str(node.weight)] += 1

@@ -291,9 +291,9 @@ def test_values_of_four_bits_are_clipped_as_in_the_network(name: str, target: st
 
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "inverted bottleneck", "concatenation"])
-def test_openvino(name: str, tmp_path: Path) -> None:
+def test_openvino(name: str, exported: Exported) -> None:
     pytest.importorskip("openvino", reason="needs OpenVINO")
-    net, file = exported(name, tmp_path)
+    net, file = exported(name)
     x = images(50, 2)
     wanted, got = outputs(net, x), OpenVinoNetwork(file)(x)
     assert isinstance(got, Tensor)

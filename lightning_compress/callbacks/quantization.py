@@ -175,7 +175,12 @@ class Quantization(CompressionCallback):
             grids = {name: grid for edit in quantized for name, grid in edit.weights.items()}
             now = Quantize(weights=grids, target=quantized[0].target, origin=ORIGIN)
             asked = self.precision.of(list(quantized[0].weights))
-            step = regrid(now, {name: max(bits, self._least(amount)) for name, bits in asked.items()})
+            self._again = set()
+            if self.budget is not None:  # shared out by the run that quantized it
+                return captured, [], {}
+            least = self._least(amount) if self.steps > 1 else 0
+            self.bits = {name: max(bits, least) for name, bits in asked.items()}
+            step = regrid(now, self.bits)
             self._again = set(step.weights)
             return captured, [step] if step.weights else [], {}
         precision = self.precision

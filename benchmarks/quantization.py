@@ -37,7 +37,12 @@ def work_to_do(options: argparse.Namespace, place: Place, results: Results, peer
     runs: list[Work] = []
     for seed in range(options.seeds):
         for net in ACCURACY_NETS:
-            sides = [*(FLOAT if seed == 0 else ()), *OURS, *peers, *([PRUNED] if net == "resnet20" else [])]
+            sides = [
+                *(FLOAT if seed == 0 else ()),
+                *OURS,
+                *peers,
+                *([PRUNED] if net == "resnet20" and seed == 0 else []),
+            ]
             runs += [(run, (side, net, place, QUICK, seed)) for side in sides if not has(case_of(net), side, seed)]
         case = f"low bits; fashion-mnist, {SMALL}"
         runs += [(run_low_bits, (n, place, QUICK, seed)) for n in LOW_BITS if not has(case, n, seed)]

@@ -18,6 +18,9 @@ OPSET, OPSET_INT4 = 18, 21
 
 PLACE = re.compile(r"_(?:conv1d|conv2d|linear)_\d+(_[a-z]+)$")
 
+BESIDE = re.compile(r"_(?:step|zero|scale|bias|unit|\d+)$")
+"""Names of what is beside a weight, and of constants that torch has named; `conv1.bias` is none."""
+
 LARGEST = 2**31 - 2**20
 """Bytes of a file in one piece; a larger network's weights go to a second file."""
 
@@ -91,7 +94,8 @@ def _reason(program: torch.export.ExportedProgram, error: BaseException) -> str:
 def slim(model: Any) -> None:
     """Leave out of an ONNX file what nobody needs: where things come from, types in between, attributes as usual.
 
-    Of a small network this is more than a tenth of the file. Weights keep the names that the network gives them.
+    Of a small network this is more than a tenth of the file. Weights keep the names that the network gives them,
+    and the steps beside them, each of which is named at every use, get short ones.
 
     Args:
         model: an `onnx.ModelProto`, which is changed.
@@ -106,8 +110,9 @@ def slim(model: Any) -> None:
         constant.ClearField("doc_string")
         if constant.name not in outside:
             short = PLACE.sub(r"\1", constant.name.removeprefix("network.")).removesuffix("_integers")
-            names[constant.name] = short if short not in names.values() else constant.name
-            constant.name = names[constant.name]
+            if BESIDE.search(short) or short in names.values():
+                short = f"c{len(names)}"
+            names[constant.name] = constant.name = short
     for number, node in enumerate(graph.node):
         node.ClearField("name")
         node.ClearField("doc_string")
@@ -144,9 +149,10 @@ def pack(model: Any, names: Collection[str]) -> None:
     import numpy as np
     import onnx
 
+    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in names]
+    chosen = {name for node in nodes for name in (node.input[0], *node.input[2:3])}  # zero points are of the same type
     for constant in model.graph.initializer:
-        weight = constant.name.removesuffix("_zero")
-        if weight not in names or constant.data_type != onnx.TensorProto.INT8:
+        if constant.name not in chosen or constant.data_type != onnx.TensorProto.INT8:
             continue
         values = onnx.numpy_helper.to_array(constant).ravel()
         even = np.zeros(len(values) + len(values) % 2, np.int8)

@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,8 @@ class Recipe:
         lr: highest learning rate of these.
         batch_size: of these.
         prune_epochs: of pruning and quantization, from the trained network.
-        small_epochs: of the small network's training; it is trained with few bits for half as many.
+        small_epochs: of the small network's training; it is trained with few bits for half as many, by itself.
+        small_lr: highest learning rate of both.
         small_width: of the small network.
     """
 
@@ -81,6 +82,7 @@ class Recipe:
     batch_size: int = 64
     prune_epochs: int = 3
     small_epochs: int = 4
+    small_lr: float = 0.1
     small_width: float = 0.5
 
 
@@ -144,7 +146,7 @@ def _small(place: Place, recipe: Recipe, seed: int) -> nn.Module:
             net = ResNet(8, 1, CLASSES, width=recipe.small_width, shortcut="A")
             data = images(DATA, place, None, False, 128)
             trainer(max_epochs=recipe.small_epochs, accelerator=place.accelerator).fit(
-                ImageClassifier(net, CLASSES, lr=0.1), data
+                ImageClassifier(net, CLASSES, lr=recipe.small_lr), data
             )
             with open_atomic(path) as file:
                 torch.save(net.cpu().state_dict(), file)
@@ -267,9 +269,9 @@ def run_low_bits(name: str, place: Place, recipe: Recipe, seed: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         after = exported(quantized(dense, x, bits=bits, value_bits=value_bits), x, Path(folder))
         metrics |= {"after_training": accuracy(after.predict, place)}
-        callbacks = [teaching(), Quantization(bits, value_bits, start=0)]
-        epochs = max(1, recipe.small_epochs // 2)
-        done = train_quantized(dense, place, recipe, seed, None, callbacks, max_epochs=epochs)
+        callbacks, epochs = [Quantization(bits, value_bits, start=0)], max(1, recipe.small_epochs // 2)
+        own = replace(recipe, lr=recipe.small_lr)
+        done = train_quantized(dense, place, own, seed, None, callbacks, max_epochs=epochs)
         made = exported(done, x, Path(folder))
         metrics |= {"accuracy": accuracy(made.predict, place), "in_torch": accuracy(done, place)}
         metrics |= {"bytes": made.metrics["artifact_bytes"], "onnx_bytes": made.bytes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,10 +23,12 @@ class Freezing:
         unit: `epoch` or `step`.
         at: from which on, epochs in fractions.
         highest: the learning rate so far.
+        begun: whether they were frozen once, perhaps by a run that this one goes on from.
     """
 
     def __init__(self) -> None:
         self.unit, self.at, self.highest = "epoch", float("inf"), 0.0
+        self.begun = False
         self._norms: list[nn.Module] = []
 
     def due(self, trainer: pl.Trainer) -> bool:
@@ -34,9 +36,18 @@ class Freezing:
         self.highest = max(self.highest, _rate(trainer))
         return position(trainer, self.unit) >= self.at
 
-    def hold(self, trainer: pl.Trainer, norms: Sequence[nn.Module]) -> None:
-        """Keep norms in evaluation mode, once the learning rate is small."""
+    def hold(self, trainer: pl.Trainer, norms: Sequence[nn.Module], estimate: Callable[[], None]) -> None:
+        """Keep norms in evaluation mode, once the learning rate is small.
+
+        Args:
+            trainer: the Trainer.
+            norms: which.
+            estimate: brings their statistics up to date, once: a running mean lags behind weights that jump.
+        """
         if not self._norms and _rate(trainer) <= CALM * self.highest:
+            if not self.begun:
+                estimate()
+            self.begun = True
             self._norms = [norm for norm in norms if norm.training]
         for norm in self._norms:
             norm.eval()

@@ -21,9 +21,11 @@ from lightning_compress.callbacks.last import refuse_later, refuse_shared
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.steps import RULES, StepTraining
 from lightning_compress.edits import Edit, Quantize, history
+from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.posttraining import ORIGIN, Precision, Prepared, costs, places, prepare, regrid
 from lightning_compress.methods.quantization import BITS, set_steps
 from lightning_compress.methods.targets import TARGETS
+from lightning_compress.quiet import without_observers
 
 __all__ = ["Quantization"]
 
@@ -254,7 +256,13 @@ class Quantization(CompressionCallback):
             self._training.end()
         network = self.target(pl_module)
         folded = [path for e in history(network) if isinstance(e, Quantize) for path in e.folded]
-        self._freezing.hold(trainer, [network.get_submodule(path) for path in folded])
+
+        def estimate() -> None:
+            captured = capture(trainer, pl_module, self.network, self.samples)
+            with without_observers(network):
+                reestimate_batchnorm(network, captured.calibration)
+
+        self._freezing.hold(trainer, [network.get_submodule(path) for path in folded], estimate)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -292,6 +300,7 @@ class Quantization(CompressionCallback):
             "limits": dict(self._training.limits),
             "training": self._training.state_dict(),
             "highest": self._freezing.highest,
+            "frozen": self._freezing.begun,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -299,7 +308,8 @@ class Quantization(CompressionCallback):
         super().load_state_dict(state_dict)
         self.bits, self.errors = dict(state_dict["bits"]), dict(state_dict["errors"])
         self._training.limits = dict(state_dict["limits"])
-        self._resumed, self._freezing.highest = state_dict["training"], state_dict["highest"]
+        self._resumed = state_dict["training"]
+        self._freezing.highest, self._freezing.begun = state_dict["highest"], state_dict["frozen"]
 
     def _let_go(self) -> None:
         self._training.end()

@@ -259,6 +259,7 @@ def function_name(func: Any) -> str:
     """What a function is called, whether as a function, a method or an operator, in place or not.
 
     Example:
+        >>> import torch
         >>> [function_name(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__radd__, nn.functional.relu)]
         ['add', 'add', 'add', 'relu']
     """

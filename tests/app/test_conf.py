@@ -87,6 +87,8 @@ def test_defaults_in_yaml_are_those_of_the_callback(option: str) -> None:
         chosen |= {"criterion", "ranking", "regularization", "start", "steps"}
     if option.startswith("weight_pruning_"):
         chosen |= {"pattern", "criterion", "allocation", "schedule", "end", "regrow"}
+    if option.startswith("quantization_"):
+        chosen |= {"bits", "start", "end"}
     if option.startswith("low_bit_weights_"):
         chosen |= {"kind"}
     given = {

@@ -223,7 +223,7 @@ def make_side(side: str, net: str, place: Place, recipe: Recipe, seed: int, fold
         found = exported(done, x, folder)
         found.metrics["in_torch"] = accuracy(done, place)
     elif side == PRUNED:
-        pruning = ChannelPruning(Budget(macs=0.5), start=0, end=0, steps=1)
+        pruning = ChannelPruning(Budget(macs=0.5), start=0, end=0, steps=1, round_to=4)
         callbacks = [teaching(), pruning, Quantization(start=1)]
         done = train_quantized(dense, place, recipe, seed, samples, callbacks, max_epochs=recipe.prune_epochs)
         found = exported(done, x, folder)

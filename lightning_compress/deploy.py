@@ -65,12 +65,14 @@ class Links:
 
     Attributes:
         feeds: call of a layer -> what its input was rounded by.
+        biases: call of a layer -> the bias that it gets.
         norms: call of a layer -> the BatchNorm that is folded into it.
         again: call of a function that moves values -> what they are rounded by, before and after it.
         gone: calls that rounding does the work of.
     """
 
     feeds: dict[Key, Quantizer] = field(default_factory=dict)
+    biases: dict[Key, Tensor | None] = field(default_factory=dict)
     norms: dict[Key, nn.Module] = field(default_factory=dict)
     again: dict[Key, Quantizer] = field(default_factory=dict)
     gone: set[Key] = field(default_factory=set)
@@ -90,7 +92,7 @@ def link(network: nn.Module, run: Callable[[Linking], None]) -> Links:
         scope = scope_of(module)
         for leaf, grid in scope.weights.items() if scope is not None else ():
             for key in [key for key in linking.weighted.get((id(module), leaf), ()) if key in links.feeds]:
-                _store(module, leaf, grid, f"{key[1]}_{key[2]}", links.feeds[key], links.norms.get(key))
+                _store(module, leaf, grid, key, links)
     return links
 
 
@@ -117,6 +119,7 @@ class Linking(Rounding):
         leaf = weight_leaf(module, scope, place, args, kwargs)
         if leaf is not None:
             self.weighted.setdefault((id(module), leaf), []).append(key)
+            self.links.biases[key] = args[2] if len(args) > 2 else None
             if source is not None:
                 self.links.feeds[key] = source
         if scope is not None and scope.folded and place[0] == "batch_norm" and id(args[0]) in self._made:
@@ -222,12 +225,12 @@ def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any,
 
 
 @torch.no_grad()
-def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantizer, norm: nn.Module | None) -> None:
-    """Buffers for a layer: integers, their steps, and a bias."""
+def _store(module: nn.Module, leaf: str, grid: Grid, key: Key, links: Links) -> None:
+    """Buffers for a call of a layer: integers, their steps, and a bias."""
+    source, norm, bias = links.feeds[key], links.norms.get(key), links.biases[key]
     weight, step = module._parameters[leaf], module.get_buffer(f"{leaf}_step")
     assert weight is not None
     whole, scale = integers(weight, step, grid), step.double()
-    bias = module._parameters.get("bias")
     shift = torch.zeros_like(scale) if bias is None else bias.double()
     if norm is not None:
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -252,10 +255,10 @@ def _store(module: nn.Module, leaf: str, grid: Grid, call: str, source: Quantize
     empty = (whole == 0).flatten(1).all(1) & (shift != 0)
     scale = torch.where(empty, torch.minimum(scale, shift.abs() / (unit * FINE)), scale)
     scale = scale.float()
-    name = f"{leaf}_{call}"
+    name = f"{leaf}_{key[1]}_{key[2]}"
     module.register_buffer(f"{name}_integers", whole)
     module.register_buffer(f"{name}_scale", scale)
-    if not call.startswith("linear"):  # the runtime rounds a convolution's bias by itself
+    if key[1] != "linear":  # the runtime rounds a convolution's bias by itself
         module.register_buffer(f"{name}_bias", shift.float())
         return
     # ONNX Runtime fuses a Gemm only if its weight has a zero point, and its bias is of integers.

@@ -268,6 +268,6 @@ def function_name(func: Any) -> str:
         name = getattr(func, "__name__", type(func).__name__).strip("_")
         if name in ("radd", "iadd", "rmul", "imul"):
             name = name[1:]
-        name = {"concat": "cat", "concatenate": "cat", "relu6": "relu6"}.get(name, name)
+        name = {"concat": "cat", "concatenate": "cat"}.get(name, name)
         _NAMES[func] = name
     return name

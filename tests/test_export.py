@@ -19,22 +19,10 @@ from lightning_compress.methods.quantization import quantized_weights
 from lightning_compress.runtimes import OnnxNetwork, OpenVinoNetwork, count_integers
 from tests.contract.nets import NETS, conv
 from tests.networks import randomize
+from tests.quantizing import Net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-class Net(nn.Module):
-    """Layers by name, and a function that calls them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def after(net: nn.Module, change: Callable[[Any], None]) -> nn.Module:

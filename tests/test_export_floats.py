@@ -16,32 +16,10 @@ from lightning_compress.exporting import ExportError, export
 from lightning_compress.methods.posttraining import quantize
 from lightning_compress.runtimes import OnnxNetwork, count_integers
 from tests.contract.nets import Depthwise, Plain, Residual, conv
-from tests.networks import randomize
+from tests.quantizing import Net, images, input_beside_what_is_made_of_it, net_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-class Net(nn.Module):
-    """Layers by name, and a function that calls them."""
-
-    def __init__(self, run: Callable[..., Any], **layers: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        return self.run(self, *inputs, **named)
-
-
-def net_of(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return randomize(make()).eval()
-
-
-def images(count: int = 64, channels: int = 1) -> Tensor:
-    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -73,7 +51,7 @@ def test_floats(make: Callable[[], nn.Module], format: Any, tmp_path: Path) -> N
 
 
 def test_quantized_as_pt2(tmp_path: Path) -> None:
-    x = images()
+    x = images(64)
     net = quantized(net_of(Depthwise), x)
     parity = export(net, tmp_path / "net.pt2", x[:8], "pt2")
     assert parity.difference <= 1e-5
@@ -82,7 +60,7 @@ def test_quantized_as_pt2(tmp_path: Path) -> None:
 
 
 def test_weights_of_four_bits_may_be_stored_so(tmp_path: Path) -> None:
-    net, x, sizes = net_of(Plain), images(), []
+    net, x, sizes = net_of(Plain), images(64), []
     quantize(net, x, bits=4, ends=True, target="vnni", rounding="nearest")
     for int4 in (False, True):
         parity = export(net, tmp_path / "net.onnx", x, int4=int4)
@@ -94,7 +72,7 @@ def test_weights_of_four_bits_may_be_stored_so(tmp_path: Path) -> None:
 
 
 def test_exporting_changes_nothing(tmp_path: Path) -> None:
-    net = quantized(net_of(Plain), images()).train()
+    net = quantized(net_of(Plain), images(64)).train()
     state = {key: value.clone() for key, value in net.state_dict().items()}
     keys = [list(part._buffers) for part in net.modules()]
     export(net, tmp_path / "net.onnx", images(1))  # a batch of one is no batch
@@ -120,16 +98,7 @@ class TestHarder:
         assert (found.layers, found.of) == (layers, layers), found.operations
         assert not found.islands, found.operations
 
-    @pytest.mark.parametrize(
-        ("run", "width"),
-        [
-            (lambda self, x: self.last(x + self.body(x)), 3),
-            (lambda self, x: self.last(self.body(x) + x), 3),
-            (lambda self, x: self.last(torch.cat([x, self.body(x)], 1)), 6),
-            (lambda self, x: self.last(torch.cat([self.body(x), x], 1)), 6),
-        ],
-        ids=["first", "second", "joined first", "joined second"],
-    )
+    @input_beside_what_is_made_of_it
     def test_the_input_beside_what_is_made_of_it(self, run: Any, width: int, tmp_path: Path) -> None:
         net = net_of(lambda: Net(run, body=conv(3, 3), last=nn.Conv2d(width, 2, 1)))
         self.check(net, images(64, 3), tmp_path, 2)
@@ -139,7 +108,27 @@ class TestHarder:
             return F.linear(input=self.body(x).mean(dim=(2, 3)), weight=self.v)
 
         net = net_of(lambda: Net(run, body=conv(1, 8), v=nn.Parameter(torch.randn(4, 8))))
-        self.check(net, images(), tmp_path, 2)
+        self.check(net, images(64), tmp_path, 2)
+
+    @pytest.mark.parametrize("equalization", [False, True])
+    def test_what_raw_parameters_add(self, equalization: bool, tmp_path: Path) -> None:
+        """By whatever names; one of them looks like the bias of the layer, and is not added at all."""
+
+        def run(self: Any, x: Tensor) -> Tensor:
+            return F.conv2d(F.relu(F.conv2d(x, self.first, self.shift)), self.weight, self.offset)
+
+        torch.manual_seed(0)
+        shapes = {"first": (8, 1, 3, 3), "shift": (8,), "weight": (4, 8, 3, 3), "offset": (4,), "bias": (4,)}
+        net = Net(run, **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}).eval()
+        x = images(64)
+        before = outputs(net, x)
+        quantize(net, x, target="vnni", equalization=equalization)
+        wanted = outputs(net, x)
+        assert (wanted - before).square().mean() <= 0.002 * before.var()
+        export(net, tmp_path / "net.onnx", x)
+        got = OnnxNetwork(tmp_path / "net.onnx")(x)
+        assert isinstance(got, Tensor)
+        assert (got - wanted).square().mean() <= 0.001 * wanted.var()
 
     def test_several_outputs(self, tmp_path: Path) -> None:
         def run(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,12 +136,12 @@ class TestHarder:
             return self.a(features), self.b(features), features
 
         net = net_of(lambda: Net(run, body=conv(1, 8), a=nn.Linear(8, 4), b=nn.Linear(8, 2)))
-        self.check(net, images(), tmp_path, 3)
+        self.check(net, images(64), tmp_path, 3)
 
     def test_a_norm_over_another_dim(self, tmp_path: Path) -> None:
         """Of sequences, BatchNorm1d takes the places to be its channels: nothing to fold."""
         layers = (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
-        net, x = net_of(lambda: nn.Sequential(*layers)), images()[:, 0]
+        net, x = net_of(lambda: nn.Sequential(*layers)), images(64)[:, 0]
         quantized(net, x)
         export(net, tmp_path / "net.onnx", x)
         got, wanted = OnnxNetwork(tmp_path / "net.onnx")(x), outputs(net, x)
@@ -162,7 +151,7 @@ class TestHarder:
     def test_on_floats_in_between(self, tmp_path: Path) -> None:
         """What runtimes do not compute with integers stays as it is; the layers do not."""
         layers = (conv(1, 8), nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Conv2d(8, 3, 1))
-        net, x = net_of(lambda: nn.Sequential(*layers)), images()
+        net, x = net_of(lambda: nn.Sequential(*layers)), images(64)
         quantized(net, x)
         export(net, tmp_path / "net.onnx", x)
         found = count_integers(tmp_path / "net.onnx")

@@ -32,7 +32,7 @@ def equalize(model: nn.Module, pairs: Sequence[Pair]) -> None:
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> before = net(torch.ones(1, 2))
-        >>> equalize(net, [Pair("0.weight", "2.weight", None)])
+        >>> equalize(net, [Pair("0.weight", "2.weight", bias="0.bias")])
         >>> torch.allclose(net(torch.ones(1, 2)), before, atol=1e-6)
         True
     """
@@ -42,7 +42,6 @@ def equalize(model: nn.Module, pairs: Sequence[Pair]) -> None:
 
 
 def _exchange(model: nn.Module, pair: Pair) -> None:
-    first = model.get_submodule(pair.first.rpartition(".")[0])
     ours, theirs = (model.get_parameter(name) for name in (pair.first, pair.second))
     norm = None if pair.norm is None else model.get_submodule(pair.norm)
     sizes = ours.flatten(1).abs().amax(1)
@@ -57,11 +56,9 @@ def _exchange(model: nn.Module, pair: Pair) -> None:
     wanted = incoming.abs().transpose(1, 2).flatten(2).amax(2).flatten()
     alive = (sizes > 0) & (wanted > 0)
     factor = torch.where(alive, (wanted / sizes.clamp_min(1e-12)).sqrt(), 1.0).clamp(1 / MOST, MOST)
-    owner = first if norm is None else norm
-    scaled = [owner._parameters.get("weight"), owner._parameters.get("bias")]
-    for parameter in scaled:
-        if parameter is not None:
-            parameter.mul_(factor.view(-1, *[1] * (parameter.dim() - 1)).to(parameter.dtype))
+    scaled = [ours] if pair.bias is None else [ours, model.get_parameter(pair.bias)]
+    for parameter in scaled if norm is None else norm.parameters():
+        parameter.mul_(factor.view(-1, *[1] * (parameter.dim() - 1)).to(parameter.dtype))
     sides: list[int] = [1] * (theirs.dim() - 2)
     share: Tensor = factor.view(groups, 1, -1, *sides).to(theirs.dtype)
     theirs.copy_((incoming / share).flatten(0, 1))

@@ -30,6 +30,7 @@ class Node:
         single: whether it returns a tensor, and not several.
         rank: dims of the first.
         weight: name of the parameter that it multiplies with.
+        bias: name of the parameter that it adds; "": a tensor that is none.
         ceiling: the largest value that it lets through; not a number: it is no such function after all.
         macs: multiply-accumulates.
     """
@@ -41,6 +42,7 @@ class Node:
     single: bool
     rank: int
     weight: str | None
+    bias: str | None
     ceiling: float | None
     macs: float
 
@@ -83,6 +85,8 @@ class Tracer(Calls):
             name = place[0]
             weighted = name.startswith("conv") or name == "linear"
             known = self._names.get(id(weight)) if weighted else None
+            bias = args[2] if weighted and len(args) > 2 else None
+            added = None if bias is None else self._names.get(id(bias), "")
             macs = results[0].numel() * weight[0].numel() if weighted and isinstance(weight, Tensor) else 0.0
             ceiling = None
             if name == "relu6":
@@ -94,7 +98,7 @@ class Tracer(Calls):
             number = len(self.nodes)
             outputs, single = [self._new(tensor) for tensor in results], isinstance(output, Tensor)
             rank = results[0].dim()
-            self.nodes.append(Node(site, inputs, arguments, outputs, single, rank, known, ceiling, float(macs)))
+            self.nodes.append(Node(site, inputs, arguments, outputs, single, rank, known, added, ceiling, float(macs)))
             for value in dict.fromkeys(inputs):
                 self.consumed[value].append(number)
             for value in self.nodes[-1].outputs:

@@ -47,11 +47,13 @@ class Pair:
         first: name of the weight whose outputs they are.
         second: name of the weight whose inputs they are.
         norm: path of the BatchNorm between.
+        bias: name of what the first adds.
     """
 
     first: str
     second: str
-    norm: str | None
+    norm: str | None = None
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,8 @@ class _Placing:
         while value not in self.trace.last and len(self.trace.consumed[value]) == 1:
             after = self.trace.nodes[self.trace.consumed[value][0]]
             name = after.site[1]
-            outputs_last = node.site[1] != "linear" or node.rank == 2  # else the norm is over another dim
-            norm = name == "batch_norm" and not chain and node.weight is not None and outputs_last
-            norm = norm and self._foldable(after)
+            same_dim = node.site[1] != "linear" or node.rank == 2  # that the norm is over
+            norm = name == "batch_norm" and not chain and node.weight is not None and same_dim and self._foldable(after)
             if not norm and (name not in FUSED or after.ceiling != after.ceiling):
                 break
             chain.append(after)
@@ -208,12 +209,7 @@ class _Placing:
     def _foldable(self, node: Node) -> bool:
         norm = self.model.get_submodule(node.site[0])
         once = sum(other.site == node.site for other in self.trace.nodes) == 1
-        return (
-            isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            and norm.running_mean is not None
-            and once
-            and not norm.__dict__.get("_parametrizations")
-        )
+        return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None and once
 
     def _round_end(self, node: Node) -> None:
         value, chain = self._end(node)
@@ -272,5 +268,6 @@ class _Placing:
             scalable = all(link.site[1] in ("batch_norm", "relu") for link in chain)
             if after.weight in calls and after in weighted and calls[str(after.weight)] == 1 and scalable:
                 norm = next((link.site[0] for link in chain if link.site[1] == "batch_norm"), None)
-                pairs.append(Pair(str(node.weight), str(after.weight), norm))
+                if norm is not None or node.bias != "":  # else what it adds could not be scaled
+                    pairs.append(Pair(str(node.weight), str(after.weight), norm, node.bias))
         return pairs

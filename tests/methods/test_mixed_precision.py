@@ -22,16 +22,9 @@ from lightning_compress.methods.placement import Pair, find_places
 from lightning_compress.methods.posttraining import Precision, quantize
 from tests.contract.nets import NETS, Residual
 from tests.networks import RandomNetwork, networks, randomize
+from tests.quantizing import images, net_of
 
 every_net = pytest.mark.parametrize("make", [NETS["plain"], NETS["depthwise"]], ids=["plain", "depthwise"])
-
-
-def net_of(make: Callable[[], nn.Module]) -> nn.Module:
-    return randomize(make()).eval()
-
-
-def images(count: int = 32) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def bit_operations(macs: dict[str, float], bits: dict[str, int], value_bits: int = 8) -> float:
@@ -195,7 +188,7 @@ class TestEqualization:
         """What goes out of one layer and what the next makes of it are of a size."""
         net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
         net[0].weight.data *= torch.logspace(-1, 1, 8)[:, None]
-        equalize(net, [Pair("0.weight", "2.weight", None)])
+        equalize(net, [Pair("0.weight", "2.weight", bias="0.bias")])
         assert torch.allclose(net[0].weight.abs().amax(1), net[2].weight.abs().amax(0), rtol=1e-4)
 
     def test_a_norm_over_another_dim_is_none_of_the_layer(self) -> None:

@@ -16,19 +16,7 @@ from lightning_compress.edits import Companions, apply_edits
 from lightning_compress.methods.placement import Placement, find_places
 from lightning_compress.methods.posttraining import quantize
 from tests.contract.nets import conv
-
-
-class Net(nn.Module):
-    """Layers by name, and a function that calls them."""
-
-    def __init__(self, run: Callable[[Any, Tensor], Any], **layers: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
+from tests.quantizing import Net, input_beside_what_is_made_of_it
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -232,16 +220,7 @@ def test_dropout_before_a_layer_is_not_a_second_rounding() -> None:
     assert sites(placed.values) == ["body:relu:0", ":adaptive_avg_pool2d:0"]
 
 
-@pytest.mark.parametrize(
-    ("run", "width"),
-    [
-        (lambda self, x: self.last(x + self.body(x)), 3),
-        (lambda self, x: self.last(self.body(x) + x), 3),
-        (lambda self, x: self.last(torch.cat([x, self.body(x)], 1)), 6),
-        (lambda self, x: self.last(torch.cat([self.body(x), x], 1)), 6),
-    ],
-    ids=["first", "second", "joined first", "joined second"],
-)
+@input_beside_what_is_made_of_it
 def test_the_input_beside_what_is_made_of_it(run: Callable[[Any, Tensor], Tensor], width: int) -> None:
     net, x = Net(run, body=conv(3, 3), last=nn.Conv2d(width, 2, 1)).eval(), torch.randn(32, 3, 8, 8)
     with torch.no_grad():

@@ -20,20 +20,13 @@ from lightning_compress.methods.posttraining import quantize
 from lightning_compress.methods.quantization import integers, quantized_weights
 from tests.contract.nets import NETS, Residual
 from tests.networks import AWKWARD, RandomNetwork, networks, randomize
+from tests.quantizing import images, net_of, quantized
 
 WITHOUT = ("TiedAutoencoder", "UnrolledIsta", "Volume")
 """Awkward networks all of whose layers are transposed, or over volumes."""
 
 few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS.keys())
-
-
-def net_of(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    return randomize(make(), seed).eval()
-
-
-def images(count: int = 32) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def floats(output: Any) -> list[Tensor]:
@@ -46,15 +39,6 @@ def error(model: nn.Module, inputs: Any, wanted: Any) -> float:
         pairs = list(zip(floats(model(*inputs)), floats(wanted), strict=True))
     lost = sum(float((a - b).square().sum()) for a, b in pairs)
     return (lost / sum(float((b - b.mean(0)).square().sum()) for _, b in pairs)) ** 0.5
-
-
-@torch.no_grad()
-def quantized(make: Callable[[], nn.Module], **precision: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, inputs, and what it gave before."""
-    net, x = net_of(make), images()
-    before = net(x)
-    quantize(net, x, **{"target": "vnni", "rounding": "nearest", **precision})
-    return net, x, before
 
 
 class TestOutputs:

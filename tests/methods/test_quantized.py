@@ -16,26 +16,9 @@ from lightning_compress.edits import Companions, EditError, Keep, Replace, apply
 from lightning_compress.methods.posttraining import quantize
 from lightning_compress.quantized import scope_of
 from tests.contract.nets import NETS, Residual
-from tests.networks import randomize
+from tests.quantizing import images, net_of, quantized
 
 every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS.keys())
-
-
-def net_of(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    return randomize(make(), seed).eval()
-
-
-def images(count: int = 32) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def quantized(make: Callable[[], nn.Module], **precision: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, inputs, and what it gave before."""
-    net, x = net_of(make), images()
-    before = net(x)
-    quantize(net, x, **{"target": "vnni", "rounding": "nearest", **precision})
-    return net, x, before
 
 
 class TestLife:

@@ -1,8 +1,8 @@
 """The peers of the int8 benchmark: what each makes of a trained network and a few batches, run by its own runtime.
 
-Every function takes the network (float, in evaluation mode; it stays as it is), batches of images, and a folder for
-files. Settings are the peer's defaults unless a comment says why not. NNCF's ranges are means over the batches of each
-batch's extremes, so that they depend on the batch size.
+Every function takes the network (float, in evaluation mode; it stays as it is), batches of images, a folder for files,
+and the threads of its runtime. Settings are the peer's defaults unless a comment says why not. NNCF's ranges are means
+over the batches of each batch's extremes, so that they depend on the batch size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quantization_peers_common import INPUT, Peer, export, export_traced, folded, onnx_peer, quiet
+from benchmarks.quantization_peers_common import INPUT, Peer, export, export_traced, onnx_peer, quiet
+from lightning_compress.methods.targets import TARGETS, this_machine
 
 __all__ = [
     "PEERS",
@@ -32,20 +33,13 @@ __all__ = [
     "torchao_pt2e",
 ]
 
+NARROW = TARGETS[this_machine()].weight_bits < 8
+"""Whether peers that can are asked for seven bits: processors without VNNI add products of eight bits in 16, which
+saturates. Of the others nobody can ask it."""
 
-def onnxruntime_static(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, reduce_range: bool = False
-) -> Peer:
-    """ONNX Runtime's own static quantization: unsigned activations, signed weights with a scale for each channel.
 
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: for the files.
-        threads: of the session.
-        reduce_range: weights of seven bits. Processors without VNNI need it: their sums of two products of eight bits
-            saturate.
-    """
+def onnxruntime_static(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
+    """ONNX Runtime's own static quantization: unsigned activations, signed weights with a scale for each channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -66,25 +60,15 @@ def onnxruntime_static(
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=reduce_range,
+            reduce_range=NARROW,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
     return onnx_peer(path, threads)
 
 
-def nncf_openvino(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, fast_bias_correction: bool = True
-) -> Peer:
-    """NNCF on an OpenVINO model, in OpenVINO.
-
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: for the files.
-        threads: of the compiled model.
-        fast_bias_correction: NNCF's default; without it NNCF corrects layer after layer on the images themselves.
-    """
+def nncf_openvino(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
+    """NNCF on an OpenVINO model, in OpenVINO."""
     path = folder / "nncf_openvino.xml"
     with quiet():
         import nncf
@@ -93,9 +77,7 @@ def nncf_openvino(
         shape = [-1, *calibration[0].shape[1:]]
         converted = openvino.convert_model(copy.deepcopy(model), example_input=calibration[0], input=[shape])
         batches = nncf.Dataset([x.numpy() for x in calibration])
-        quantized = nncf.quantize(
-            converted, batches, subset_size=len(calibration), fast_bias_correction=fast_bias_correction
-        )
+        quantized = nncf.quantize(converted, batches, subset_size=len(calibration))
         openvino.save_model(quantized, path)
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -106,21 +88,11 @@ def nncf_openvino(
     return Peer(lambda x: torch.from_numpy(compiled(x.numpy())[0]), path, "OpenVINO")
 
 
-def torchao_pt2e(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, reduce_range: bool = False
-) -> Peer:
+def torchao_pt2e(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
     """torchao's PT2E quantization for x86, compiled by Inductor, anew for each batch size that it meets, at most eight.
 
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: unused, there is no file.
-        threads: of torch, which has to have as many.
-        reduce_range: activations of seven bits, for processors without VNNI.
-
     Raises:
-        ValueError: torch has another number of threads.
-    """
+        ValueError: torch has another number of threads."""
     if torch.get_num_threads() != threads:
         raise ValueError(f"Inductor uses torch's {torch.get_num_threads()} threads: torch.set_num_threads({threads})")
     with quiet(), torch.no_grad():
@@ -130,7 +102,7 @@ def torchao_pt2e(
 
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(copy.deepcopy(model), (calibration[0],), dynamic_shapes=batch)
-        settings = x86.get_default_x86_inductor_quantization_config(reduce_range=reduce_range)
+        settings = x86.get_default_x86_inductor_quantization_config(reduce_range=NARROW)
         observed = prepare_pt2e(program.module(), x86.X86InductorQuantizer().set_global(settings))
         for x in calibration:
             observed(x)
@@ -150,45 +122,22 @@ def torchao_pt2e(
     return Peer(predict, None, "Inductor")
 
 
-def nncf_onnx(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, fold: bool = False
-) -> Peer:
-    """NNCF on the torch model, as torch exports it to ONNX, in ONNX Runtime.
-
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: for the file.
-        threads: of the session.
-        fold: fold BatchNorm first. As they come, it stays between the convolutions and the quantizers, and ONNX Runtime
-            computes convolutions in float.
-    """
-    path = folder / ("nncf_onnx_folded.onnx" if fold else "nncf_onnx.onnx")
+def nncf_onnx(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
+    """NNCF on the torch model, as torch exports it to ONNX, in ONNX Runtime."""
+    path = folder / "nncf_onnx.onnx"
     with quiet(), torch.no_grad():
         os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it is compiled now, which may take minutes
         import nncf
 
         batches = nncf.Dataset(calibration)
-        quantized = nncf.quantize(
-            folded(model) if fold else copy.deepcopy(model), batches, subset_size=len(calibration)
-        )
+        quantized = nncf.quantize(copy.deepcopy(model), batches, subset_size=len(calibration))
         # torch's quantizers for NNCF's own, which become OpenVINO's FakeQuantize, unknown to ONNX Runtime
         export_traced(nncf.strip(quantized, example_input=calibration[0]), calibration[0], path)
     return onnx_peer(path, threads)
 
 
-def modelopt(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, fold: bool = False
-) -> Peer:
-    """NVIDIA's Model Optimizer, as torch exports it to ONNX (weights in float, rounded when loaded), in ONNX Runtime.
-
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: for the file.
-        threads: of the session.
-        fold: fold BatchNorm first; ONNX Runtime computes nearly all convolutions in float even so.
-    """
+def modelopt(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
+    """NVIDIA's Model Optimizer, as torch exports it to ONNX (weights in float), in ONNX Runtime."""
     with quiet(), torch.no_grad():
         import modelopt.torch.quantization as mtq
 
@@ -196,25 +145,14 @@ def modelopt(
             for x in calibration:
                 network(x)
 
-        path = folder / ("modelopt_folded.onnx" if fold else "modelopt.onnx")
-        quantized = mtq.quantize(folded(model) if fold else copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, calibrate)
+        path = folder / "modelopt.onnx"
+        quantized = mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, calibrate)
         export_traced(quantized, calibration[0], path)
     return onnx_peer(path, threads)
 
 
-def brevitas(
-    model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1, per_channel: bool = True
-) -> Peer:
-    """Brevitas' post-training flow on a traced graph, bias correction included, exported as QCDQ, in ONNX Runtime.
-
-    Args:
-        model: the network.
-        calibration: batches of images.
-        folder: for the file.
-        threads: of the session.
-        per_channel: weights with a scale for each channel, as all the other peers have them; Brevitas' own default is
-            one for each tensor.
-    """
+def brevitas(model: nn.Module, calibration: list[Tensor], folder: Path, *, threads: int = 1) -> Peer:
+    """Brevitas' post-training flow on a traced graph, bias correction included, exported as QCDQ, in ONNX Runtime."""
     path = folder / "brevitas.onnx"
     with quiet(), torch.no_grad():
         from brevitas.export import export_onnx_qcdq
@@ -223,7 +161,7 @@ def brevitas(
         from brevitas.quant import Int8WeightPerChannelFloat
 
         layers = dict(COMPUTE_LAYER_MAP)
-        for kind in (nn.Conv2d, nn.Linear) if per_channel else ():
+        for kind in (nn.Conv2d, nn.Linear):  # a scale for each channel, as all the other peers have; its default: one
             layer, options = COMPUTE_LAYER_MAP[kind]
             layers[kind] = (layer, {**options, "weight_quant": Int8WeightPerChannelFloat})
         # By default it would make ReLU of ReLU6, and another function of MobileNetV2.
@@ -243,8 +181,7 @@ class Maker:
 
     Attributes:
         make: one of the functions above.
-        modules: what has to be installed.
-    """
+        modules: what has to be installed."""
 
     make: Callable[..., Peer]
     modules: tuple[str, ...]

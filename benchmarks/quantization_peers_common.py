@@ -6,21 +6,19 @@ import contextlib
 import copy
 import io
 import logging
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor, nn
 
-__all__ = ["INPUT", "Peer", "export", "export_traced", "folded", "onnx_peer", "operators", "quiet"]
+from lightning_compress.runtimes import OnnxNetwork
+
+__all__ = ["INPUT", "Peer", "export", "export_traced", "onnx_peer", "quiet"]
 
 INPUT, OUTPUT = "images", "logits"  # of every ONNX file
 OPSET = 17  # of those by torch's older exporter, which knows none after 20
@@ -49,27 +47,9 @@ class Peer:
         return sum(file.stat().st_size for file in files)
 
 
-def operators(path: Path) -> Counter[str]:
-    """Operator -> how often ONNX Runtime computes it, once it has fused what it can of an ONNX file."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        options = _session_options(threads=1)
-        options.optimized_model_filepath = str(optimized)
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in onnx.load(optimized).graph.node)
-
-
 def onnx_peer(path: Path, threads: int) -> Peer:
     """An ONNX file, run by ONNX Runtime."""
-    session = onnxruntime.InferenceSession(str(path), _session_options(threads), providers=["CPUExecutionProvider"])
-    return Peer(lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0]), path, "ONNX Runtime")
-
-
-def _session_options(threads: int) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors
-    return options
+    return Peer(OnnxNetwork(path, threads), path, "ONNX Runtime")
 
 
 def export(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -91,23 +71,6 @@ def export_traced(model: nn.Module, x: Tensor, path: Path, by: Callable[..., Any
     names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
     batch = {name: {0: "batch"} for name in (INPUT, OUTPUT)}
     by(model.eval(), (x,), str(path), dynamo=False, opset_version=OPSET, dynamic_axes=batch, **names)
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy with BatchNorm folded into the convolutions right before it."""
-    model = copy.deepcopy(model)
-    modules = dict(model.named_modules())
-    for node in fx.symbolic_trace(model).graph.nodes:
-        if node.op != "call_module" or not isinstance(norm := modules[node.target], nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        if before.op == "call_module" and len(before.users) == 1:
-            conv = modules[before.target]
-            if isinstance(conv, nn.Conv2d):
-                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                model.set_submodule(node.target, nn.Identity())
-    return model
 
 
 @contextlib.contextmanager

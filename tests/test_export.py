@@ -21,8 +21,8 @@ from tests.contract.nets import NETS, conv
 from tests.networks import randomize
 from tests.quantizing import Net
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs ONNX")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
 
 def after(net: nn.Module, change: Callable[[Any], None]) -> nn.Module:

@@ -18,8 +18,8 @@ from lightning_compress.runtimes import OnnxNetwork, count_integers
 from tests.contract.nets import Depthwise, Plain, Residual, conv
 from tests.quantizing import Net, images, input_beside_what_is_made_of_it, net_of
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs ONNX")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from lightning_compress.callbacks.freezing import Freezing
 from lightning_compress.callbacks.held import HeldWeights
 from lightning_compress.callbacks.last import refuse_later, refuse_shared
 from lightning_compress.callbacks.report import CompressionReport
-from lightning_compress.callbacks.steps import RULES, StepTraining
 from lightning_compress.edits import Edit, Quantize, history
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.posttraining import ORIGIN, Precision, Prepared, costs, places, prepare, regrid
 from lightning_compress.methods.quantization import BITS, set_steps
+from lightning_compress.methods.steps import RULES, StepTraining
 from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quiet import without_observers
 

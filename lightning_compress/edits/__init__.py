@@ -19,7 +19,7 @@ from lightning_compress.edits.replay import (
     rewind_edits,
 )
 from lightning_compress.edits.specs import Spec, build, describe
-from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, renew, skeleton
+from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, owner, renew, skeleton
 
 __all__ = [
     "EDIT_KINDS",
@@ -43,6 +43,7 @@ __all__ = [
     "edits_to_json",
     "history",
     "named_tensors",
+    "owner",
     "renew",
     "rewind_edits",
     "skeleton",

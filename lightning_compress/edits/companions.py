@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, refuse_quantized
+from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, owner, refuse_quantized
 
 __all__ = ["ROLES", "Companions", "companion", "companions"]
 
@@ -63,7 +63,7 @@ class Companions:
     def apply(self, model: nn.Module) -> list[Change | Replacement]:
         """Carry the edit out on `model`, which `check` has passed."""
         for name in self.tensors:
-            module, leaf = _owner(model, name)
+            module, leaf = owner(model, name)
             parameter = module._parameters[leaf]
             assert parameter is not None
             new = torch.zeros_like(parameter.detach(), dtype=ROLES[self.role])
@@ -73,7 +73,7 @@ class Companions:
     def revert(self, model: nn.Module) -> None:
         """Take the companions away."""
         for name in self.tensors:
-            module, leaf = _owner(model, name)
+            module, leaf = owner(model, name)
             delattr(module, f"{leaf}_{self.role}")
 
     def to_json(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Companions:
 
 def companion(model: nn.Module, name: str, role: str) -> Tensor | None:
     """The companion of a parameter, if it has one of that role."""
-    module, leaf = _owner(model, name)
+    module, leaf = owner(model, name)
     return module._buffers.get(f"{leaf}_{role}")
 
 
@@ -100,8 +100,3 @@ def companions(module: nn.Module) -> Iterator[str]:
         leaf, _, role = name.rpartition("_")
         if role in ROLES and isinstance(module._parameters.get(leaf), nn.Parameter):
             yield name
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lightning_compress.edits.companions import companions
-from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors
+from lightning_compress.edits.companions import companion
+from lightning_compress.edits.structure import Change, EditError, Replacement, named_tensors, owner
 from lightning_compress.grids import Grid
 from lightning_compress.quantized import Scope, scope_of, unwatch, watch
 
@@ -75,19 +75,16 @@ class Quantize:
             return
         modules = dict(model.named_modules(remove_duplicate=False))
         tensors = dict(named_tensors(model))
-        sites = [*(site[0] for site in self.values), *(argument[0] for argument in self.inputs)]
-        for path in (*self.scopes, *self.folded, *sites):
+        for path in self._paths():
             if path not in modules:
                 raise EditError(f"edit of {path!r}: the network has no such module; is it another architecture?")
             if scope_of(modules[path]) is not None:
                 raise EditError(f"edit of {path!r}: it is quantized already")
         for name in self.weights:
             found = tensors.get(name)
-            path, _, leaf = name.rpartition(".")
             if not isinstance(found, nn.Parameter) or found.dim() < 2:
                 raise EditError(f"edit of {name!r}: the network has no such weight; is it another architecture?")
-            held = [other for other in companions(modules[path]) if other in (f"{leaf}_code", f"{leaf}_latent")]
-            if held:
+            if any(companion(model, name, role) is not None for role in ("code", "latent")):
                 raise EditError(f"edit of {name!r}: it has shared or latent values, which another grid would undo")
 
     def apply(self, model: nn.Module) -> list[Change | Replacement]:
@@ -100,8 +97,7 @@ class Quantize:
             module.__dict__["_quantization"] = Scope()
             watch(module)
         for name, grid in self.weights.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
+            module, leaf = owner(model, name)
             weight = module._parameters[leaf]
             scope = scope_of(module)
             assert weight is not None
@@ -196,8 +192,8 @@ class Quantize:
 
 def _regrid(model: nn.Module, grids: Mapping[str, Grid]) -> None:
     for name, grid in grids.items():
-        path, _, leaf = name.rpartition(".")
-        scope = scope_of(model.get_submodule(path))
+        module, leaf = owner(model, name)
+        scope = scope_of(module)
         assert scope is not None
         scope.weights[leaf] = grid
 

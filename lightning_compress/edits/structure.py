@@ -18,6 +18,7 @@ __all__ = [
     "Replacement",
     "index",
     "named_tensors",
+    "owner",
     "refuse_quantized",
     "renew",
     "set_data",
@@ -74,16 +75,26 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and what it calls it.
+
+    Example:
+        >>> owner(nn.Sequential(nn.Linear(2, 3)), "0.weight")
+        (Linear(in_features=2, out_features=3, bias=True), 'weight')
+    """
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
 def refuse_quantized(model: nn.Module, name: str) -> None:
     """Raise if a tensor is in a layer that is quantized: its steps are those of the channels that it has.
 
     Raises:
         EditError: it is.
     """
-    path = name.rpartition(".")[0]
-    scope = scope_of(model.get_submodule(path))
+    scope = scope_of(owner(model, name)[0])
     if scope is not None and (scope.weights or scope.folded):
-        raise EditError(f"edit of {name!r}: {path!r} is quantized; quantization comes last, after every other method")
+        raise EditError(f"edit of {name!r}: its layer is quantized; quantization comes last, after every other method")
 
 
 def skeleton(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lightning_compress.artifact import artifact_bytes
 from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.calls import Call, run_calls
 from lightning_compress.container import ENTRY
+from lightning_compress.edits import owner
 from lightning_compress.grids import Grid
 from lightning_compress.methods.allocation import Option, allocate
 from lightning_compress.methods.coding import encode
@@ -22,33 +24,65 @@ from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quantized import scope_of
 from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["FLOAT_BITS", "share_bits"]
+__all__ = ["FLOAT_BITS", "Choices", "measure_bits", "share_bits"]
 
 FLOAT_BITS = 32
 
 
-def share_bits(
-    quantized: nn.Module,
-    calls: Sequence[Call],
-    budget: Budget,
-    dense: Mapping[str, float],
-    macs: Mapping[str, float],
-    value_bits: int,
-    target: str,
-    reserve: float = 0.0,
-) -> dict[str, int]:
-    """Bits for each weight, within a budget, from what the network's outputs lose when one weight alone has so few.
+@dataclass(frozen=True)
+class Choices:
+    """What each weight may become, and what that costs.
+
+    Attributes:
+        options: name of a weight -> bits, what the network's outputs lose when it alone has so few, and costs.
+        rest: unit -> what everything else costs.
+    """
+
+    options: Mapping[str, Sequence[Option]]
+    rest: Mapping[str, float]
+
+
+def measure_bits(
+    quantized: nn.Module, calls: Sequence[Call], macs: Mapping[str, float], value_bits: int, target: str
+) -> Choices:
+    """Measure what fewer bits cost and save, one weight at a time.
 
     Args:
         quantized: a quantized and calibrated copy of the network, all of whose weights have the most bits; it is left
             as it was.
         calls: calibration data.
-        budget: of `bytes`, those of the coded file, or of `bit_operations`: multiply-accumulates times bits of the
-            weight times bits of the value; those of the network before have 32 and 32.
-        dense: what the network cost before, in these units.
         macs: name of a weight -> multiply-accumulates.
         value_bits: bits of values.
         target: one of `TARGETS`.
+    """
+    machine = TARGETS[target]
+    options: dict[str, list[Option]] = {}
+    with without_observers(quantized), undisturbed(quantized):
+        wanted = _outputs(quantized, calls)
+        for name, weight, step, grid in quantized_weights(quantized):
+            options[name] = []
+            for bits in BITS:
+                other = machine.weights(bits)
+                new = step if other == grid else steps_for(weight, other, "mse")
+                size = min(weight.numel(), len(encode(integers(weight, new, other))) + ENTRY)  # as the file has it
+                error = 0.0
+                if other != grid:
+                    with _regridded(quantized, name, other, new):
+                        error = _distance(wanted, _outputs(quantized, calls))
+                costs = {"bytes": float(size), "bit_operations": macs[name] * bits * value_bits}
+                options[name].append(Option(bits, error, costs))
+    weights = sum(own[0].costs["bytes"] for own in options.values())
+    return Choices(options, {"bytes": max(0.0, artifact_bytes(quantized) - weights), "bit_operations": 0.0})
+
+
+def share_bits(choices: Choices, budget: Budget, dense: Mapping[str, float], reserve: float = 0.0) -> dict[str, int]:
+    """Bits for each weight, within a budget, where they are missed most.
+
+    Args:
+        choices: what `measure_bits` found.
+        budget: of `bytes`, those of the coded file, or of `bit_operations`: multiply-accumulates times bits of the
+            weight times bits of the value; those of the network before have 32 and 32.
+        dense: what the network cost before, in these units.
         reserve: bytes to stay below a budget of bytes by: what the file was larger than foreseen.
 
     Returns:
@@ -57,30 +91,10 @@ def share_bits(
     Raises:
         BudgetError: the budget cannot be met, with the lowest that can.
     """
-    machine = TARGETS[target]
-    entries = quantized_weights(quantized)
-    options: list[list[Option]] = []
-    coded = 0
-    with without_observers(quantized), undisturbed(quantized):
-        wanted = _outputs(quantized, calls)
-        for name, weight, step, grid in entries:
-            own = []
-            for bits in BITS:
-                other = machine.weights(bits)
-                new = step if other == grid else steps_for(weight, other, "mse")
-                size = min(weight.numel(), len(encode(integers(weight, new, other))) + ENTRY)  # as the file has it
-                coded += size if bits == BITS[0] else 0
-                error = 0.0
-                if other != grid:
-                    with _regridded(quantized, name, other, new):
-                        error = _distance(wanted, _outputs(quantized, calls))
-                costs = {"bytes": float(size), "bit_operations": macs[name] * bits * value_bits}
-                own.append(Option(bits, error, costs))
-            options.append(own)
     limits = budget.limits(dense)
     if "bytes" in limits:
         limits["bytes"] -= reserve
-    rest = {"bytes": max(0.0, float(artifact_bytes(quantized) - coded)), "bit_operations": 0.0}
+    options, rest = list(choices.options.values()), choices.rest
     try:
         chosen = allocate(options, rest, limits)
     except BudgetError as error:
@@ -89,7 +103,7 @@ def share_bits(
         raise BudgetError(
             f"a budget of {budget.given()} cannot be met with weights of {BITS[-1]} bits: {told}"
         ) from error
-    return {name: int(option.choice) for (name, *_), option in zip(entries, chosen, strict=True)}
+    return {name: int(option.choice) for name, option in zip(choices.options, chosen, strict=True)}
 
 
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
@@ -105,8 +119,7 @@ def _distance(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _regridded(model: nn.Module, name: str, grid: Grid, steps: Tensor) -> Iterator[None]:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module, leaf = owner(model, name)
     scope, buffer = scope_of(module), module.get_buffer(f"{leaf}_step")
     assert scope is not None
     before, old = scope.weights[leaf], buffer.clone()

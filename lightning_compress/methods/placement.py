@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.calls import Call, resize_batch
-from lightning_compress.edits import companions
+from lightning_compress.edits import companion
 from lightning_compress.methods.function_trace import Node, Site, Tracer
 from lightning_compress.quantized import WEIGHTED, using, watching
 from lightning_compress.quiet import undisturbed, without_observers
@@ -166,7 +166,6 @@ class _Placing:
         return left
 
     def _reason(self, name: str, weight: Tensor, names: Sequence[str], used: set[str]) -> str | None:
-        path, _, leaf = name.rpartition(".")
         excluded = self.exclude(name)
         if excluded is not None:
             return excluded
@@ -177,9 +176,7 @@ class _Placing:
             return f"is used by {odd[0]}, which runtimes do not carry out on integers"
         if len(names) > 1:
             return f"is tied to {names[1] if names[0] == name else names[0]}"
-        owner = self.model.get_submodule(path)
-        held = [role for role in ("code", "latent") if f"{leaf}_{role}" in set(companions(owner))]
-        if held:
+        if any(companion(self.model, name, role) is not None for role in ("code", "latent")):
             return "has shared or latent values, which another grid would undo"
         if not torch.isfinite(weight).all():
             return "has values that are not finite"

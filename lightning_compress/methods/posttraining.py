@@ -14,7 +14,7 @@ from lightning_compress.budget import Budget, BudgetError
 from lightning_compress.calls import Call, as_calls
 from lightning_compress.edits import Quantize, apply_edits, skeleton
 from lightning_compress.methods.equalization import equalize
-from lightning_compress.methods.mixed import FLOAT_BITS, share_bits
+from lightning_compress.methods.mixed import FLOAT_BITS, measure_bits, share_bits
 from lightning_compress.methods.observers import OBSERVERS
 from lightning_compress.methods.patterns import matches, unmatched
 from lightning_compress.methods.placement import Placement, find_places
@@ -221,10 +221,10 @@ def _within(
     most = dict.fromkeys(placement.weights, BITS[0])
     apply_edits(widest, [plan(placement, most, precision.value_bits, precision.machine, precision.ends, ORIGIN)])
     calibrate(widest, placement, calls, precision.observer)
+    choices = measure_bits(widest, calls, placement.macs, precision.value_bits, precision.machine)
     limit, reserve = budget.limits(dense).get("bytes", float("inf")), 0.0
     for _ in range(TRIES):
-        given = (placement.macs, precision.value_bits, precision.machine, reserve)
-        bits = share_bits(widest, calls, budget, dense, *given)
+        bits = share_bits(choices, budget, dense, reserve)
         prepared = _finished(original, skeleton(trial, torch.clone), placement, calls, precision, bits)
         if prepared.bytes <= limit:
             return prepared

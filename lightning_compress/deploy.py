@@ -22,10 +22,13 @@ from lightning_compress.methods.placement import TRANSPARENT
 from lightning_compress.methods.quantization import integers
 from lightning_compress.quantized import WEIGHTED, Place, Rounding, Scope, input_prefix, scope_of
 
-__all__ = ["Emitting", "Linking", "link"]
+__all__ = ["SEPARATOR", "Emitting", "Linking", "link"]
 
 Key = tuple[int, str, int]
 """Id of a module, name of a function, which of its calls."""
+
+SEPARATOR = "/"
+"""Stands for dots in names of buffers, which must have none."""
 
 FINE = 2**20
 """Integers that the bias of a channel without weights has at least."""
@@ -69,6 +72,8 @@ class Links:
         norms: call of a layer -> the BatchNorm that is folded into it.
         again: call of a function that moves values -> what they are rounded by, before and after it.
         gone: calls that rounding does the work of.
+        stored: call of a layer -> prefix of the names of its buffers in `constants`.
+        constants: integers, steps and biases. They are no part of the network, and are to be traced beside it.
     """
 
     feeds: dict[Key, Quantizer] = field(default_factory=dict)
@@ -76,22 +81,25 @@ class Links:
     norms: dict[Key, nn.Module] = field(default_factory=dict)
     again: dict[Key, Quantizer] = field(default_factory=dict)
     gone: set[Key] = field(default_factory=set)
+    stored: dict[Key, str] = field(default_factory=dict)
+    constants: nn.Module = field(default_factory=nn.Module)
 
 
 def link(network: nn.Module, run: Callable[[Linking], None]) -> Links:
-    """Run a network once, see what follows on what, and give it the buffers that `Emitting` writes.
+    """Run a network once, see what follows on what, and work out the constants that `Emitting` writes.
 
     Args:
-        network: a copy of the network that may be changed, in evaluation mode.
+        network: the network, in evaluation mode, with weights that are what they are rounded to.
         run: runs it with the mode active.
     """
     linking = Linking()
     run(linking)
     links = linking.links
-    for module in list(network.modules()):
+    for path, module in network.named_modules():
         scope = scope_of(module)
         for leaf, grid in scope.weights.items() if scope is not None else ():
             for key in [key for key in linking.weighted.get((id(module), leaf), ()) if key in links.feeds]:
+                links.stored[key] = f"{path}.{leaf}_{key[1]}_{key[2]}".lstrip(".").replace(".", SEPARATOR)
                 _store(module, leaf, grid, key, links)
     return links
 
@@ -116,7 +124,7 @@ class Linking(Rounding):
         first = (*place, 0)
         if scope is not None and first in scope.inputs:
             source = Quantizer(module, input_prefix(first), scope.inputs[first])
-        leaf = weight_leaf(module, scope, place, args, kwargs)
+        leaf = weight_leaf(module, scope, place, args)
         if leaf is not None:
             self.weighted.setdefault((id(module), leaf), []).append(key)
             self.links.biases[key] = args[2] if len(args) > 2 else None
@@ -200,13 +208,14 @@ class Emitting(Rounding):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        leaf = weight_leaf(module, scope, place, args, kwargs)
-        name = f"{leaf}_{place[0]}_{place[1]}"
-        if leaf is None or f"{name}_integers" not in module._buffers:
+        name = self.links.stored.get((id(module), *place))
+        if name is None or weight_leaf(module, scope, place, args) is None:
             return func(*args, **kwargs)
-        whole, scale = (module.get_buffer(f"{name}_{what}") for what in ("integers", "scale"))
-        weight = _dequantize(whole, scale, module._buffers.get(f"{name}_zero"), 0)
-        bias, unit = module.get_buffer(f"{name}_bias"), module._buffers.get(f"{name}_unit")
+        constants = self.links.constants._buffers
+        whole, scale, bias = (
+            self.links.constants.get_buffer(f"{name}_{what}") for what in ("integers", "scale", "bias")
+        )
+        weight, unit = _dequantize(whole, scale, constants.get(f"{name}_zero"), 0), constants.get(f"{name}_unit")
         if unit is not None:
             bias = _dequantize(bias, unit, None, 0)
         if place[0] == "linear" and args[0].dim() == 2:
@@ -217,7 +226,7 @@ class Emitting(Rounding):
         return func(args[0], weight, bias, *args[3:], **rest)
 
 
-def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any, kwargs: Any) -> str | None:
+def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any) -> str | None:
     """The name of the quantized weight that a call of a function gets."""
     if scope is None or not scope.weights or place[0] not in WEIGHTED:
         return None
@@ -226,7 +235,7 @@ def weight_leaf(module: nn.Module, scope: Scope | None, place: Place, args: Any,
 
 @torch.no_grad()
 def _store(module: nn.Module, leaf: str, grid: Grid, key: Key, links: Links) -> None:
-    """Buffers for a call of a layer: integers, their steps, and a bias."""
+    """The constants of a call of a layer: integers, their steps, and a bias."""
     source, norm, bias = links.feeds[key], links.norms.get(key), links.biases[key]
     weight, step = module._parameters[leaf], module.get_buffer(f"{leaf}_step")
     assert weight is not None
@@ -255,17 +264,17 @@ def _store(module: nn.Module, leaf: str, grid: Grid, key: Key, links: Links) -> 
     empty = (whole == 0).flatten(1).all(1) & (shift != 0)
     scale = torch.where(empty, torch.minimum(scale, shift.abs() / (unit * FINE)), scale)
     scale = scale.float()
-    name = f"{leaf}_{key[1]}_{key[2]}"
-    module.register_buffer(f"{name}_integers", whole)
-    module.register_buffer(f"{name}_scale", scale)
+    name, constants = links.stored[key], links.constants
+    constants.register_buffer(f"{name}_integers", whole)
+    constants.register_buffer(f"{name}_scale", scale)
     if key[1] != "linear":  # the runtime rounds a convolution's bias by itself
-        module.register_buffer(f"{name}_bias", shift.float())
+        constants.register_buffer(f"{name}_bias", shift.float())
         return
     # ONNX Runtime fuses a Gemm only if its weight has a zero point, and its bias is of integers.
     products = (unit.float() * scale).float()
-    module.register_buffer(f"{name}_zero", torch.zeros_like(scale, dtype=torch.int8))
-    module.register_buffer(f"{name}_bias", (shift / products.double()).round().to(torch.int32))
-    module.register_buffer(f"{name}_unit", products)
+    constants.register_buffer(f"{name}_zero", torch.zeros_like(scale, dtype=torch.int8))
+    constants.register_buffer(f"{name}_bias", (shift / products.double()).round().to(torch.int32))
+    constants.register_buffer(f"{name}_unit", products)
 
 
 def _round_trip(x: Tensor, by: Quantizer) -> Tensor:

@@ -157,9 +157,8 @@ def _traced(network: nn.Module, call: Call, emitting: Emitting | None) -> torch.
     try:
         with torch.no_grad(), scope, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
-            return torch.export.export(
-                _Positional(network, call), tuple(tensors), strict=False, dynamic_shapes=(tuple(shapes),)
-            )
+            whole = _Positional(network, call, None if emitting is None else emitting.links.constants)
+            return torch.export.export(whole, tuple(tensors), strict=False, dynamic_shapes=(tuple(shapes),))
     except (RuntimeError, TypeError, ValueError) as error:
         lines = str(error).splitlines()
         places = [line.strip() for line in lines if line.strip().startswith("File ")]
@@ -168,11 +167,11 @@ def _traced(network: nn.Module, call: Call, emitting: Emitting | None) -> torch.
 
 
 class _Positional(nn.Module):
-    """A network whose tensors come in one row, as ONNX has them."""
+    """A network whose tensors come in one row, as ONNX has them, and constants that are traced with it."""
 
-    def __init__(self, network: nn.Module, call: Call) -> None:
+    def __init__(self, network: nn.Module, call: Call, constants: nn.Module | None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.constants = network, constants
         self._call = call
 
     def forward(self, *tensors: Tensor) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_compress.deploy import SEPARATOR
+
 __all__ = ["OnnxError", "pack", "slim", "write_onnx"]
 
 OPSET, OPSET_INT4 = 18, 21
@@ -33,7 +35,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, packed: Collec
     """Translate a traced network and write it.
 
     Args:
-        program: the network; in it, it is called `network`.
+        program: the network; in it, it is called `network`, and what is written for it is in `constants`.
         path: the file.
         packed: names of weights to store in 4 bits.
 
@@ -109,7 +111,8 @@ def slim(model: Any) -> None:
         del constant.metadata_props[:]
         constant.ClearField("doc_string")
         if constant.name not in outside:
-            short = PLACE.sub(r"\1", constant.name.removeprefix("network.")).removesuffix("_integers")
+            short = constant.name.removeprefix("network.").removeprefix("constants.").replace(SEPARATOR, ".")
+            short = PLACE.sub(r"\1", short).removesuffix("_integers")
             if BESIDE.search(short) or short in names.values():
                 short = f"c{len(names)}"
             names[constant.name] = constant.name = short

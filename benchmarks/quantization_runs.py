@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.distillation_runs import Place
 from benchmarks.distillation_sides import KD_TASK, KD_TEMPERATURE, KD_WEIGHT
 from benchmarks.quantization_peers import PEERS, Peer
-from benchmarks.results import Found
+from benchmarks.results import Found, refusal
 from benchmarks.training_free_nets import CLASSES, Cell, images, train_dense, trainer
 from benchmarks.training_free_runs import REFUSALS
 from lightning_compress import Budget, ChannelPruning, Distillation, Quantization, export, save_compressed
@@ -247,8 +247,7 @@ def run(side: str, net: str, place: Place, recipe: Recipe, seed: int) -> Found:
     try:
         return Found(case_of(net), side, _tested(side, net, place, recipe, seed), seed)
     except REFUSALS as error:
-        refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        return Found(case_of(net), side, refused, seed)
+        return Found(case_of(net), side, refusal(error), seed)
 
 
 def _tested(side: str, net: str, place: Place, recipe: Recipe, seed: int) -> dict[str, Any]:

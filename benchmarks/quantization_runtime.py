@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.distillation_runs import Place
 from benchmarks.quantization_peers import PEERS
 from benchmarks.quantization_runs import EAGER, OURS, RUNTIME, Recipe, Side, exported, make_side, quantized
-from benchmarks.results import Found, Results
+from benchmarks.results import Found, Results, refusal
 from benchmarks.training_free_runs import REFUSALS
 from lightning_compress.calls import as_calls
 from lightning_compress.latency import compare_latency
@@ -67,8 +67,7 @@ def time_net(
                     else make_side(name, net, place, recipe, 0, own)
                 )
             except REFUSALS as error:
-                refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-                found += [Found(timed_case(net, batch), name, refused) for batch in BATCHES]
+                found += [Found(timed_case(net, batch), name, refusal(error)) for batch in BATCHES]
         channels, side = (3, LARGE) if net == RESNET18 else (1, 28)
         image = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
         calls = {name: (Timed(side), as_calls(image)) for name, side in sides.items()}

@@ -13,7 +13,7 @@ import torch
 from benchmarks.command import command
 from lightning_compress.files import write_atomic
 
-__all__ = ["Found", "Results", "Rows", "mean_of"]
+__all__ = ["Found", "Results", "Rows", "mean_of", "refusal"]
 
 Rows = dict[str, dict[str, dict[str, Any]]]
 """Case -> side -> metrics."""
@@ -34,6 +34,11 @@ class Found:
     side: str
     metrics: dict[str, Any]
     seed: int | None = None
+
+
+def refusal(error: Exception) -> dict[str, str]:
+    """The metrics of a run that ended in an error: why, on one line."""
+    return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 class Results:

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.distillation_runs import Place, start_worker
 from benchmarks.distillation_sides import KD_TASK, KD_TEMPERATURE, KD_WEIGHT
-from benchmarks.results import Found
+from benchmarks.results import Found, refusal
 from benchmarks.training_free_nets import (
     CLASSES,
     Cell,
@@ -151,7 +151,7 @@ def _try(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return run()
     except REFUSALS as error:
-        return {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return refusal(error)
 
 
 def _compressed(task: Task, place: Place) -> tuple[nn.Module, dict[str, Any]]:

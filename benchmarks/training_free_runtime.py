@@ -5,27 +5,24 @@ Eager torch and ONNX Runtime, one thread each, the three networks in turns, in a
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import logging
 import statistics
-import warnings
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.distillation_runs import Place
-from benchmarks.results import Found
+from benchmarks.results import Found, refusal
 from benchmarks.training_free_nets import Cell, build, calibration_images, dense_network, marked_table, widest
 from benchmarks.training_free_runs import REFUSALS, Task
 from benchmarks.training_free_sides import OPERATORS, compress
-from lightning_compress import measure
+from lightning_compress import export, measure
 from lightning_compress.calls import as_calls
+from lightning_compress.deployment import RuntimeNetwork
 from lightning_compress.latency import Latency, compare_latency
 
 __all__ = ["BATCHES", "RUNTIMES", "THIN", "compare", "print_latency", "tasks_to_time", "timed_case"]
@@ -37,49 +34,25 @@ PARITY = 1e-4  # largest difference of an exported network's outputs, relative t
 FASTER = 1.05  # below it a network is not called faster: what repeated runs differ by
 
 
-class Exported(nn.Module):
-    """A network in ONNX Runtime, which is called as the network is; refused where its outputs differ."""
+def exported(net: nn.Module, image: Tensor) -> RuntimeNetwork:
+    """A network in ONNX Runtime, which is called as the network is.
 
-    def __init__(self, net: nn.Module, image: Tensor) -> None:
-        super().__init__()
-        net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # else strides are part of the graph
-        pair = image.expand(2, *image.shape[1:]).contiguous()  # with one sample the batch would be a constant
-        file = io.BytesIO()
-        with _quiet():
-            batch = torch.export.Dim("batch")
-            program = torch.onnx.export(net, (pair,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-        assert program is not None
-        program.save(file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-        self.input = self.session.get_inputs()[0].name
-        for size in BATCHES:
-            x = image + torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(size))
-            with torch.no_grad():
-                wanted = net(x)
-            difference = float((self(x) - wanted).abs().max() / wanted.abs().max())
-            if not difference <= PARITY:
-                raise ValueError(f"exported to ONNX, outputs differ by {difference:.1e} of their largest")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of a batch."""
-        return torch.from_numpy(self.session.run(None, {self.input: x.numpy()})[0])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's running commentary."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    Raises:
+        ExportError: it cannot be exported.
+        ValueError: its outputs differ.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net.onnx")
+        export(net, path, image)
+        found = RuntimeNetwork(path)
+    for size in BATCHES:
+        x = image + torch.randn(size, *image.shape[1:], generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            wanted = net(x)
+        difference = float((found(x) - wanted).abs().max() / wanted.abs().max())
+        if not difference <= PARITY:
+            raise ValueError(f"exported to ONNX, outputs differ by {difference:.1e} of their largest")
+    return found
 
 
 def thin_network(cell: Cell, macs: int, image: Tensor) -> tuple[nn.Module, float]:
@@ -124,9 +97,10 @@ def compare(task: Task, place: Place, repeats: int, seconds: float) -> list[Foun
     try:
         net = compress(dense, task.operator, task.variant, task.budget, x).net
     except REFUSALS as error:
-        refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         return [
-            Found(timed_case(task, runtime, batch), task.side, refused) for runtime in RUNTIMES for batch in BATCHES
+            Found(timed_case(task, runtime, batch), task.side, refusal(error))
+            for runtime in RUNTIMES
+            for batch in BATCHES
         ]
     macs = measure(net, image).macs
     thin, width = thin_network(task.cell, macs, image)
@@ -136,10 +110,9 @@ def compare(task: Task, place: Place, repeats: int, seconds: float) -> list[Foun
     found = []
     for runtime in RUNTIMES:
         try:
-            sides = nets if runtime == "eager" else {n: Exported(side.eval(), image) for n, side in nets.items()}
-        except (ValueError, RuntimeError) as error:  # torch.onnx's errors are of the second kind
-            refused = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            found += [Found(timed_case(task, runtime, batch), task.side, refused) for batch in BATCHES]
+            sides = nets if runtime == "eager" else {n: exported(side.eval(), image) for n, side in nets.items()}
+        except (ValueError, RuntimeError) as error:
+            found += [Found(timed_case(task, runtime, batch), task.side, refusal(error)) for batch in BATCHES]
             continue
         calls = {name: (side, as_calls(image)) for name, side in sides.items()}
         times = compare_latency(calls, BATCHES, repeats=repeats, seconds=seconds)

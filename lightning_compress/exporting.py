@@ -100,7 +100,7 @@ def export(
     calls = as_calls(inputs)
     if len(calls) != 1 or calls[0].path:
         raise ExportError("a network is exported as it is called once: give one call of the network itself")
-    call = calls[0].map(lambda tensor: tensor.detach().cpu())
+    call = calls[0].map(lambda tensor: tensor.detach().cpu().contiguous())
     if batch_size([call]) < 2:
         call = resize_batch([call], 2)[0]
     inner = getattr(model, "_orig_mod", model)
@@ -140,7 +140,7 @@ def _write(network: nn.Module, call: Call, path: Path, quantized: bool, int4: bo
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().cpu().clone()
+    copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # else strides are part of the graph
     return copy.float() if copy.is_floating_point() else copy
 
 

@@ -32,6 +32,14 @@ def quantized(net: nn.Module, x: Tensor) -> nn.Module:
     return net
 
 
+def test_strides_are_no_part_of_a_file(tmp_path: Path) -> None:
+    net, x = net_of(Residual), images(6)
+    export(net, tmp_path / "a.onnx", x)
+    last = torch.channels_last
+    export(net.to(memory_format=last), tmp_path / "b.onnx", x.contiguous(memory_format=last))
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
 @pytest.mark.parametrize(("make", "format"), [(Plain, "onnx"), (Plain, "pt2"), (Depthwise, "onnx"), (Residual, "onnx")])
 def test_floats(make: Callable[[], nn.Module], format: Any, tmp_path: Path) -> None:
     net, x, file = net_of(make), images(6), tmp_path / f"net.{format}"

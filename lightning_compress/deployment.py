@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from lightning_compress.exporting import export
 from lightning_compress.latency import Latency, compare_latency
 from lightning_compress.runtimes import OnnxNetwork, count_integers
 
-__all__ = ["Deployed", "RuntimeNetwork", "compare_deployed", "deploy"]
+__all__ = ["Deployed", "RuntimeNetwork", "compare_deployed", "deploy", "missing_packages"]
 
 RUNTIME = "ONNX Runtime"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,8 @@ def compare_deployed(
         name: {size: replace(latency, runtime=RUNTIME) for size, latency in own.items()} for name, own in times.items()
     }
     return {name: replace(deployed, latency=by_runtime[name]) for name, (deployed, _) in sides.items()}
+
+
+def missing_packages() -> list[str]:
+    """Those of the extra `export` that are not installed."""
+    return [name for name in PACKAGES if find_spec(name) is None]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.artifact import load_compressed, save_compressed
@@ -19,8 +20,9 @@ from lightning_compress.callbacks.capture import capture, find_network
 from lightning_compress.callbacks.comparison import blank, budget_rows, environment, layer_rows
 from lightning_compress.callbacks.evaluation import evaluate, from_rank_zero
 from lightning_compress.calls import Call, batch_size, resize_batch
-from lightning_compress.deployment import Deployed
+from lightning_compress.deployment import Deployed, RuntimeNetwork, compare_deployed, deploy, missing_packages
 from lightning_compress.edits import Edit, Quantize, history, rewind_edits, skeleton
+from lightning_compress.exporting import ExportError
 from lightning_compress.footprint import measure
 from lightning_compress.latency import BATCH_SIZES, compare_latency
 from lightning_compress.quiet import without_observers
@@ -98,6 +100,11 @@ class CompressionReport(L.Callback):
         """Refuse a metric that no validation can give; make the folder."""
         if stage != "fit":
             return
+        if self.onnx and (missing := missing_packages()):
+            raise MisconfigurationException(
+                f"onnx=True needs packages that are not installed ({', '.join(missing)}): "
+                'pip install "lightning-compress[export]"'
+            )
         self._calls = ()
         if self.metric is not None and not trainer.enable_validation:
             raise MisconfigurationException(
@@ -159,7 +166,8 @@ class CompressionReport(L.Callback):
         metric = self._metric(trainer, pl_module, dense, compressed)
         if trainer.is_global_zero:
             self.results = self._measure(trainer, dense, compressed, metric)
-            self.results = replace(self.results, deployed=self._deploy(trainer, pl_module, dense, compressed))
+            self.results.save(self.results_path)  # whatever comes of other files
+            self.results = replace(self.results, deployed=self._deployed(trainer, pl_module, dense, compressed))
             self.results.save(self.results_path)
             self._tell(trainer, self.results)
         self._dense = None
@@ -240,17 +248,27 @@ class CompressionReport(L.Callback):
             environment=environment(trainer),
         )
 
+    def _deployed(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, dense: nn.Module, compressed: nn.Module | None
+    ) -> dict[str, Deployed]:
+        """What `_deploy` finds, if it is wanted; where nobody has asked for it, what cannot be done is said."""
+        quantized = compressed is not None and any(isinstance(edit, Quantize) for edit in history(compressed))
+        if not (quantized if self.onnx is None else self.onnx):
+            return {}
+        try:
+            return self._deploy(trainer, pl_module, dense, compressed)
+        except (ExportError, ImportError) as error:
+            if self.onnx:
+                raise
+            rank_zero_warn(f"CompressionReport writes no ONNX files, and has no figures of a runtime: {error}")
+            return {}
+
     def _deploy(
         self, trainer: L.Trainer, pl_module: L.LightningModule, dense: nn.Module, compressed: nn.Module | None
     ) -> dict[str, Deployed]:
         """Both networks as ONNX files; what they cost, and what the compressed one is worth there."""
-        quantized = compressed is not None and any(isinstance(edit, Quantize) for edit in history(compressed))
-        wanted = quantized if self.onnx is None else self.onnx
-        single = len(self._calls) == 1 and not self._calls[0].path
-        if not wanted or (self.onnx is None and not single):
-            return {}
-        from lightning_compress.deployment import RuntimeNetwork, compare_deployed, deploy
-
+        if len(self._calls) != 1:
+            raise ExportError(f"a training step calls the network {len(self._calls)} times, and a file is of one call")
         files = {"compressed": self.path.with_suffix(".onnx"), "dense": self.path.with_suffix(".dense.onnx")}
         sides = {"dense": dense} | ({} if compressed is None else {"compressed": compressed})
         if compressed is None:

@@ -23,10 +23,12 @@ import lightning_compress
 from lightning_compress import container
 from lightning_compress.artifact import load_compressed
 from lightning_compress.budget import Budget
+from lightning_compress.callbacks.quantization import Quantization
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.callbacks.surroundings import follow, replay_on_load
 from lightning_compress.checkpoints import record_edits
 from lightning_compress.edits import Keep, apply_edits, history
+from lightning_compress.exporting import ExportError
 from lightning_compress.results import Results
 
 WIDTH = 8
@@ -484,3 +486,43 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+class Untranslatable(nn.Module):
+    """An operation that ONNX has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.special.bessel_j0(x)
+
+
+class TestFiles:
+    """ONNX files beside the artifact."""
+
+    def fit(self, folder: Path, net: nn.Module, **settings: Any) -> tuple[CompressionReport, L.LightningModule]:
+        module = Task()
+        module.net = nn.Sequential(*module.net, net)  # type: ignore[assignment]
+        callback = report(folder, **settings)
+        quantization = Quantization(bits=8, samples=16, start=1.0)
+        fit(folder, quantization, callback, module=module, max_epochs=1)
+        return callback, module
+
+    def test_of_a_network_that_onnx_cannot_express_there_are_none_and_the_rest_is_there(self, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="writes no ONNX files"):
+            callback, _ = self.fit(tmp_path, Untranslatable())
+        assert {file.name for file in tmp_path.iterdir()} == {"net.safetensors", "results.json"}
+        assert callback.results is not None
+        assert not callback.results.deployed
+        assert Results.load(tmp_path / "results.json") == callback.results
+
+    def test_asked_for_they_are_missed_loudly_and_after_the_results_are_saved(self, tmp_path: Path) -> None:
+        with pytest.raises(ExportError):
+            self.fit(tmp_path, Untranslatable(), onnx=True)
+        assert Results.load(tmp_path / "results.json").compressed is not None
+
+    def test_without_their_packages_they_are_refused_before_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_compress.deployment.find_spec", lambda name: None)
+        with pytest.raises(MisconfigurationException, match=r"lightning-compress\[export\]"):
+            fit(tmp_path, report(tmp_path, onnx=True))
+        assert not (tmp_path / "net.safetensors").exists()

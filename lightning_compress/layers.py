@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.tied import transpose, transpose_convolution
+
 __all__ = ["Chain", "Concat", "Reorder", "Rotated", "Sum"]
 
 
@@ -31,6 +33,20 @@ class Chain(nn.Sequential):
         super().__init__(*layers)
         self.form = form
 
+    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """What the one layer gives; or its transpose, if that layer was a `TiedConv2d` and is called so."""
+        if transposed:
+            return self.transpose(x)
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def transpose(self, z: Tensor) -> Tensor:
+        """The transposes of the layers, the last one's first."""
+        for layer in reversed(self):
+            z = transpose(layer, z)
+        return z
+
     def extra_repr(self) -> str:
         """See `nn.Module`."""
         return f"form={self.form!r}"
@@ -48,6 +64,14 @@ class Concat(nn.ModuleList):
         """From [N, C, ...] to [N, sum of the layers' channels, ...]."""
         return torch.cat([layer(x) for layer in self], 1)
 
+    def transpose(self, z: Tensor) -> Tensor:
+        """Each layer's transpose of its own channels, added."""
+        widths = [getattr(layer, "out_channels", None) for layer in self]
+        rest = z.shape[1] - sum(width for width in widths if width is not None)  # of the one that passes its input on
+        parts = z.split([rest if width is None else width for width in widths], 1)
+        first, *others = (transpose(layer, part) for layer, part in zip(self, parts, strict=True))
+        return sum(others, first)
+
 
 class Sum(nn.ModuleList):
     """Layers side by side on one input, their outputs added.
@@ -64,6 +88,11 @@ class Sum(nn.ModuleList):
         for layer in rest:
             total = total + layer(x)
         return total
+
+    def transpose(self, z: Tensor) -> Tensor:
+        """The layers' transposes, added."""
+        first, *rest = (transpose(layer, z) for layer in self)
+        return sum(rest, first)
 
 
 class Reorder(nn.Module):
@@ -89,6 +118,10 @@ class Reorder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, ...] to the same shape."""
         return x.index_select(1, self.order)
+
+    def transpose(self, z: Tensor) -> Tensor:
+        """Back into the old order."""
+        return z.index_select(1, self.order.argsort())
 
     def extra_repr(self) -> str:
         """See `nn.Module`."""
@@ -147,6 +180,10 @@ class Rotated(nn.Module):
         """From [N, in_channels, H, W] to [N, out_channels, H', W']."""
         weight = self.rotate(self.weight, self.groups)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, z: Tensor) -> Tensor:
+        """From [N, out_channels, H', W'] to [N, in_channels, H, W]."""
+        return transpose_convolution(z, self.rotate(self.weight, self.groups), self)
 
     @classmethod
     def rotate(cls, kernels: Tensor, groups: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress.grids import Grid, round_to
 
 __all__ = [
+    "TRANSPOSED",
     "WEIGHTED",
     "Calls",
     "Rounding",
@@ -38,6 +39,9 @@ __all__ = [
 
 WEIGHTED = ("conv1d", "conv2d", "linear")
 """Functions whose second argument is a weight that may be quantized."""
+
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d")
+"""Their transposes: of a weight that is quantized they see the rounded one, though runtimes compute them on floats."""
 
 Place = tuple[str, int]
 """Name of a function, and which of its calls within one call of the module."""
@@ -99,7 +103,7 @@ class Calls(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         name = function_name(func)
-        if name in WEIGHTED:
+        if name in WEIGHTED or name in TRANSPOSED:
             args, kwargs = _in_order(args, kwargs)
         module, counts = self.frames[-1]
         number = counts[name]
@@ -123,7 +127,7 @@ class Rounding(Calls):
         scope = scope_of(module)
         if scope is None:
             return func(*args, **kwargs)
-        if scope.weights and place[0] in WEIGHTED:
+        if scope.weights and (place[0] in WEIGHTED or place[0] in TRANSPOSED):
             args, kwargs = self.with_weight(module, scope, args, kwargs)
         if scope.inputs:
             args, kwargs = self.with_inputs(module, scope, place, args, kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_compress.hashing import hash_codes
+from lightning_compress.tied import transpose_convolution
 
 __all__ = ["Circulant", "Hashed", "Structured", "by_fft", "unroll"]
 
@@ -73,6 +74,11 @@ class Structured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """From [N, in_channels, *size] to [N, out_channels, *size']; of a linear layer from [..., in] to [..., out]."""
         return self.apply_weight(x, self.dense_weight(), self.bias)
+
+    def transpose(self, z: Tensor) -> Tensor:
+        """The transpose of the plain layer, without the bias."""
+        weight = self.dense_weight()
+        return transpose_convolution(z, weight, self) if self.kernel_size else F.linear(z, weight.T)
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int | None = None) -> Tensor:
         """What the plain layer with a weight gives."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import layers, structured
+from lightning_compress import layers, structured, tied
 from lightning_compress.edits.structure import EditError
 
 __all__ = ["Spec", "build", "describe", "frozen_spec", "show"]
@@ -32,6 +32,7 @@ _PLAIN: Mapping[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm3d: _NORM,
     nn.Identity: (),
     nn.ChannelShuffle: ("groups",),
+    tied.TiedConv2d: _CONV,
     layers.Reorder: ("channels",),
     layers.Rotated: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     structured.Circulant: ("in_channels", "out_channels", "block", *_STRUCTURED),

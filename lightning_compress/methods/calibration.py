@@ -93,7 +93,9 @@ def input_norms(network: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def watch(name: str, sides: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if kwargs.get("transposed") is True:  # these are no inputs of the layer, but of its transpose
+                return
             x = args[0].detach().float()
             square = x.square().transpose(0, x.dim() - 1 - sides).flatten(1).sum(1)
             before, count = sums.get(name, (torch.zeros_like(square), 0))
@@ -105,10 +107,13 @@ def input_norms(network: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
         handles = []
         for name, module in network.named_modules():
             if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), 0)))
+                handles.append(
+                    module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), 0), with_kwargs=True)
+                )
             elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
                 sides = module.weight.dim() - 2
-                handles.append(module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), sides)))
+                hook = watch(f"{name}.weight".lstrip("."), sides)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             run_calls(network, calls)
         finally:

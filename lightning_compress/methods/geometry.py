@@ -69,11 +69,15 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Module) -> Geometry | None:
-        """The geometry of a plain layer of torch; None for any other module, a subclass of such a layer included."""
+        """The geometry of a plain layer; None for any other module, a subclass of torch's included but `TiedConv2d`."""
         spec = describe(module)
-        if spec is None or not (spec["type"] == "Linear" or spec["type"].startswith("Conv")):
-            return None
-        return cls.from_spec(spec)
+        return None if spec is None or not cls.fits(spec) else cls.from_spec(spec)
+
+    @staticmethod
+    def fits(spec: Spec) -> bool:
+        """Whether a specification is of a plain layer."""
+        kind: str = spec["type"]
+        return kind in ("Linear", "TiedConv2d") or kind.startswith("Conv")
 
     @classmethod
     def from_spec(cls, spec: Spec) -> Geometry:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_compress.calls import Call, resize_batch
 from lightning_compress.edits import companion
 from lightning_compress.methods.function_trace import Node, Site, Tracer
-from lightning_compress.quantized import WEIGHTED, using, watching
+from lightning_compress.quantized import TRANSPOSED, WEIGHTED, using, watching
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["Pair", "Placement", "Site", "find_places"]
@@ -120,7 +120,11 @@ class _Placing:
     def place(self, scopes: tuple[str, ...]) -> Placement:
         nodes = self.trace.nodes
         left = self._left()
-        weighted = [node for node in nodes if node.weight is not None and node.weight not in left]
+        weighted = [
+            node
+            for node in nodes
+            if node.weight is not None and node.weight not in left and node.site[1] not in TRANSPOSED
+        ]
         for node in weighted:
             if node.site[1] != "linear" or not self._ends(node):
                 self._round_end(node)
@@ -171,7 +175,8 @@ class _Placing:
             return excluded
         if not used:
             return "is no weight of a convolution or linear layer on the data"
-        odd = sorted(used - set(WEIGHTED))
+        both = TRANSPOSED if used & set(WEIGHTED) else ()  # tied: one grid for what goes up and what goes down
+        odd = sorted(used - set(WEIGHTED) - set(both))
         if odd:
             return f"is used by {odd[0]}, which runtimes do not carry out on integers"
         if len(names) > 1:

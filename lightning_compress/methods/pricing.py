@@ -100,7 +100,7 @@ def _geometry(spec: Spec) -> Geometry | None:
         if not sides:
             return Geometry(spec["in_channels"], spec["out_channels"], bias=spec["bias"])
         return Geometry.from_spec({**spec, "type": f"Conv{sides}d", "padding_mode": "zeros"})
-    return Geometry.from_spec(spec) if spec["type"] == "Linear" or spec["type"].startswith("Conv") else None
+    return Geometry.from_spec(spec) if Geometry.fits(spec) else None
 
 
 def _transforms(spec: Spec) -> bool:

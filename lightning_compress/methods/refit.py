@@ -22,6 +22,7 @@ from lightning_compress.coupling.labels import Vector
 from lightning_compress.methods.batchnorm import reestimate_batchnorm
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Moments
+from lightning_compress.methods.uses import Uses, find_uses
 from lightning_compress.quiet import undisturbed
 
 __all__ = ["Refit"]
@@ -67,7 +68,7 @@ class Refit:
             calls: calibration data.
         """
         self.model, self.calls = model, calls
-        consumers = list(_consumers(model, coupling, cut))
+        consumers = list(_consumers(model, coupling, cut, find_uses(model, calls)))
         handles = [consumer.module.register_forward_pre_hook(consumer.gather) for consumer in consumers]
         try:
             with undisturbed(model):
@@ -146,7 +147,7 @@ def _predict(second: Tensor, living: Tensor) -> Tensor:
     return solution.T
 
 
-def _consumers(model: nn.Module, coupling: Coupling, cut: Mask) -> Iterator[_Consumer]:
+def _consumers(model: nn.Module, coupling: Coupling, cut: Mask, uses: Uses) -> Iterator[_Consumer]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -155,6 +156,8 @@ def _consumers(model: nn.Module, coupling: Coupling, cut: Mask) -> Iterator[_Con
             continue
         weight, name = module._parameters.get("weight"), f"{path}.weight".lstrip(".")
         if weight is None or names[id(weight)] != [name]:  # parametrised, or tied: other uses would not agree
+            continue
+        if id(weight) in uses.outside or path in uses.downward:  # what serves one use would harm the other
             continue
         transposed, groups = bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
         inner, outer = (0, 1) if transposed else (1, 0)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lightning_compress.calls import Call, resize_batch
 from lightning_compress.edits import Spec, companions, describe
 from lightning_compress.layers import Chain
 from lightning_compress.methods.approximation import Form
 from lightning_compress.methods.geometry import Geometry, weight_of
+from lightning_compress.methods.uses import Uses
 from lightning_compress.quiet import undisturbed, without_observers
 
 __all__ = ["MAX_PATCH", "Layer", "Layers", "find_layers"]
@@ -108,7 +106,8 @@ def find_layers(model: nn.Module, calls: Sequence[Call], forms: Mapping[str, For
             continue
         assert not isinstance(kind, str)
         geometry, weight = kind
-        informed = geometry.matrix[2] <= MAX_PATCH
+        # what a layer sees upward says nothing of what its transpose sees: the weight itself counts for both
+        informed = geometry.matrix[2] <= MAX_PATCH and path not in trace.downward
         spec = describe(module)
         assert spec is not None
         added = (module[-1] if isinstance(module, Chain) else module)._parameters.get("bias")
@@ -193,24 +192,24 @@ def _reason(
     if any(len(owners[id(parameter)]) > 1 for parameter in parameters):
         return "shares its weight with another layer"
     if any(id(parameter) in trace.outside for parameter in parameters):
-        return "has a weight that is also used outside of its own call"
+        return (
+            "has a weight that is also used outside of its own call (a TiedConv2d that is called with transposed=True "
+            "can be replaced in both uses)"
+        )
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
         return "has weights that are not finite"
     return None
 
 
-class _Trace(TorchFunctionMode):
+class _Trace(Uses):
     """One run: which layers run, in which order, on what, and who else uses their weights."""
 
     def __init__(self, model: nn.Module, paths: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model, self.paths = model, paths
+        super().__init__(model)
+        self.paths = paths
         self.order: list[str] = []
         self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
         self.hits: list[Counter[str]] = []
-        self.outside: set[int] = set()
-        self._running: list[nn.Module] = []
-        self._owner = {id(p): module for module in model.modules() for p in module._parameters.values()}
         self._outputs: dict[int, tuple[str, Tensor]] = {}
         self._normed: dict[str, str | None] = {}
         self._norms: Counter[str] = Counter()
@@ -220,51 +219,37 @@ class _Trace(TorchFunctionMode):
         name = self._normed.get(path)
         return name if name is not None and self._norms[name] == len(self.places[path]) else None
 
-    def run(self, calls: Sequence[Call]) -> None:
-        """Run the network."""
-        with ExitStack() as stack:
-            for path, module in self.model.named_modules():
-                before = module.register_forward_pre_hook(self._enter(path), prepend=True)
-                after = module.register_forward_hook(self._leave(path), always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            stack.enter_context(self)
-            for call in calls:
-                self.hits.append(Counter())
-                self.model.get_submodule(call.path)(*call.args, **call.kwargs)
+    def begin(self, call: Call) -> None:
+        """See `Uses`."""
+        self.hits.append(Counter())
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            owner = self._owner.get(id(leaf)) if isinstance(leaf, nn.Parameter) else None
-            if owner is not None and not any(module is owner for module in self._running):
-                self.outside.add(id(leaf))
-        return func(*args, **(kwargs or {}))
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """See `Uses`."""
+        super().enter(path, module, args, kwargs)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and args:
+            self._norms[path] += 1
+            source = self._outputs.get(id(args[0]))
+            if source is not None and module.track_running_stats:
+                self._normed[source[0]] = path
+        if path in self.paths and args and isinstance(args[0], Tensor):
+            if kwargs.get("transposed") is not True:
+                self._place(path, args[0])
+            self.order.append(path)
+            self.hits[-1][path] += 1
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._running.append(module)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and args:
-                self._norms[path] += 1
-                source = self._outputs.get(id(args[0]))
-                if source is not None and module.track_running_stats:
-                    self._normed[source[0]] = path
-            if path in self.paths and args and isinstance(args[0], Tensor):
-                geometry = self.paths[path][0] if not isinstance(self.paths[path], str) else Geometry(1, 1)
-                x, sides = args[0], len(geometry.kernel)
-                size = tuple(x.shape[-sides:]) if sides else ()
-                channels = x.shape[-1] if not sides else x.shape[-sides - 1]
-                self.places[path].append((x.numel() // max(1, channels * math.prod(size)), size))
-                self.order.append(path)
-                self.hits[-1][path] += 1
+    def leave(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """See `Uses`."""
+        super().leave(path, module, args, kwargs, output)
+        if path in self.paths and isinstance(output, Tensor):
+            self._outputs[id(output)] = path, output  # held, so that no other tensor gets its id
+            if kwargs.get("transposed") is True:  # it costs what the layer costs on what comes out
+                self._place(path, output)
 
-        return enter
-
-    def _leave(self, path: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._running.pop()
-            if path in self.paths and isinstance(output, Tensor):
-                self._outputs[id(output)] = path, output  # held, so that no other tensor gets its id
-
-        return leave
+    def _place(self, path: str, x: Tensor) -> None:
+        kind = self.paths[path]
+        sides = len((Geometry(1, 1) if isinstance(kind, str) else kind[0]).kernel)
+        size = tuple(x.shape[-sides:]) if sides else ()
+        channels = x.shape[-1] if not sides else x.shape[-sides - 1]
+        self.places[path].append((x.numel() // max(1, channels * math.prod(size)), size))

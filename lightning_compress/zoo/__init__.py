@@ -8,48 +8,91 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_compress.zoo.bidirectional import ConvolutionalDBN, StackedConvAutoencoder
+from lightning_compress.zoo.feedback import DeconvolutionalNetwork, HierarchicalSparseCoding
 from lightning_compress.zoo.feedforward import (
+    VGG,
+    AlexNet,
+    DenseNet,
+    GoogLeNet,
     LeNet5,
     LeNet300100,
+    MobileNetV1,
+    MobileNetV2,
     MobileNetV2Small,
     ResNet,
+    ShuffleNetV2,
+    SqueezeNet,
     VGGSmall,
+    WideResNet,
+    densenet40,
     resnet20,
+    resnet32,
     resnet56,
+    resnet110,
+    vgg11,
+    vgg16,
+    wrn_16_2,
+    wrn_40_2,
 )
 
 if TYPE_CHECKING:
     from lightning_compress.zoo.datasets import CIFAR10, CIFAR100, Digits, FashionMNIST, ImageDataModule, ImageFolder
     from lightning_compress.zoo.external import timm_model, torchvision_model
     from lightning_compress.zoo.tasks import ImageClassifier
+    from lightning_compress.zoo.unsupervised import ContrastiveDivergence, ImageReconstruction
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "VGG",
+    "AlexNet",
+    "ContrastiveDivergence",
+    "ConvolutionalDBN",
+    "DeconvolutionalNetwork",
+    "DenseNet",
     "Digits",
     "FashionMNIST",
+    "GoogLeNet",
+    "HierarchicalSparseCoding",
     "ImageClassifier",
     "ImageDataModule",
     "ImageFolder",
+    "ImageReconstruction",
     "LeNet5",
     "LeNet300100",
+    "MobileNetV1",
+    "MobileNetV2",
     "MobileNetV2Small",
     "ResNet",
+    "ShuffleNetV2",
+    "SqueezeNet",
+    "StackedConvAutoencoder",
     "VGGSmall",
+    "WideResNet",
+    "densenet40",
     "resnet20",
+    "resnet32",
     "resnet56",
+    "resnet110",
     "timm_model",
     "torchvision_model",
+    "vgg11",
+    "vgg16",
+    "wrn_16_2",
+    "wrn_40_2",
 ]
 
 _LAZY = {
     "CIFAR10": "datasets",
     "CIFAR100": "datasets",
+    "ContrastiveDivergence": "unsupervised",
     "Digits": "datasets",
     "FashionMNIST": "datasets",
     "ImageClassifier": "tasks",
     "ImageDataModule": "datasets",
     "ImageFolder": "datasets",
+    "ImageReconstruction": "unsupervised",
     "timm_model": "external",
     "torchvision_model": "external",
 }

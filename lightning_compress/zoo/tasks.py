@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal, get_args
-
 import lightning as L
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-__all__ = ["ImageClassifier", "learning_rate_factor"]
+from lightning_compress.zoo.optimization import OptimizerName, ScheduleName, check_optimization, make_optimizer
 
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
-ScheduleName = Literal["cosine", "step", "constant"]
+__all__ = ["ImageClassifier"]
 
 
 class ImageClassifier(L.LightningModule):
@@ -59,14 +53,10 @@ class ImageClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_choice("optimizer", optimizer, get_args(OptimizerName))
-        _check_choice("schedule", schedule, get_args(ScheduleName))
-        _check_range("lr", lr, 0 < lr < math.inf, "above 0")
-        _check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        _check_range("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or above")
-        _check_range("warmup", warmup, 0 <= warmup < 1, "in [0, 1), a fraction of the run")
-        _check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "in [0, 1)")
         self.save_hyperparameters(ignore=["net"])
+        check_optimization(self.hparams)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}")
         self.net = net
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
@@ -101,65 +91,4 @@ class ImageClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule over the steps that this run will take."""
-        settings: Any = self.hparams
-        optimizer = _optimizer(settings.optimizer, settings)(self.parameters())
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            if settings.schedule == "constant" and not settings.warmup:
-                return optimizer
-            raise ValueError(
-                "the learning rate's schedule needs to know how long the run is: give the Trainer `max_epochs` or "
-                '`max_steps`, or the task schedule="constant" and warmup=0'
-            )
-        factor = partial(learning_rate_factor, steps=int(steps), schedule=settings.schedule, warmup=settings.warmup)
-        schedule = optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def learning_rate_factor(step: int, steps: int, schedule: ScheduleName, warmup: float) -> float:
-    """What the highest learning rate is multiplied by at one step of a run.
-
-    Args:
-        step: the step, from 0.
-        steps: how many there are.
-        schedule: "cosine" (Loshchilov and Hutter 2016, arXiv 1608.03983), "step" or "constant".
-        warmup: fraction of the run in which the rate rises linearly, the first step being above zero.
-
-    Returns:
-        A factor in [0, 1].
-
-    Example:
-        >>> [round(learning_rate_factor(step, 8, "cosine", 0.25), 2) for step in range(9)]
-        [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07, 0.0]
-        >>> [learning_rate_factor(step, 4, "step", 0.0) for step in range(4)]
-        [1.0, 1.0, 0.1, 0.01]
-    """
-    rising = round(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    if schedule == "cosine":
-        # a finished run may be asked once more than it has steps
-        progress = min(1.0, (step - rising) / max(1, steps - rising))
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule == "step":
-        return 0.01 if step >= 0.75 * steps else 0.1 if step >= 0.5 * steps else 1.0
-    return 1.0
-
-
-def _optimizer(name: OptimizerName, settings: Any) -> Callable[[Iterable[nn.Parameter]], optim.Optimizer]:
-    decay = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if name == "sgd":
-        return partial(optim.SGD, **decay, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    if name == "rmsprop":
-        return partial(optim.RMSprop, **decay, momentum=settings.momentum)
-    return partial(optim.Adam if name == "adam" else optim.AdamW, **decay)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_range(name: str, value: float, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {expected}, got {value}")
+        return make_optimizer(self)

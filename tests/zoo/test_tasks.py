@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress.zoo import Digits, ImageClassifier, LeNet300100, VGGSmall
-from lightning_compress.zoo.tasks import learning_rate_factor
+from lightning_compress.zoo.optimization import learning_rate_factor
 
 
 def trainer(folder: Path, **arguments: Any) -> L.Trainer:

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Small networks are as fast on one thread, and do not choke on a busy machine; tests run side by side instead.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help install quickstart test test-fast fuzz lint type format notebooks docs bench clean
+.PHONY: help install quickstart matrix test test-fast fuzz lint type format notebooks docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
@@ -41,6 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## two networks x (dense, half, a quarter of the MACs) on digits, and a table (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/lightning-compress sweep=quickstart
+
+matrix: $(STAMP) ## every scheme on every type of network, on digits, and a table (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix.py
 
 test: $(STAMP) ## everything that must hold before a change goes in: lint, format, types, tests
 	$(BIN)/ruff check .
@@ -76,7 +79,7 @@ docs: ## where the documentation is
 bench: $(STAMP) ## the benchmarks beside their peers, in their short form
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/without-dependencies.txt
-	@for benchmark in coverage overhead distillation training_free pruning quantization; do \
+	@for benchmark in coverage overhead distillation training_free pruning quantization matrix; do \
 		echo "== $$benchmark"; $(BIN)/python benchmarks/$$benchmark.py --quick; done
 
 clean: ## remove what was built or cached; results in outputs/ and .venv stay

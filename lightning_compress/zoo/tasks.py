@@ -64,12 +64,18 @@ class ImageClassifier(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W]."""
         logits: Tensor = self.net(x)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{type(self.net).__name__} gives a {type(logits).__name__}, and no tensor of logits; networks that "
+                "give a Representation are trained by ImageReconstruction or ContrastiveDivergence (their arch chooses "
+                "the task, if none is named)"
+            )
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         images, labels = batch
-        loss = F.cross_entropy(self.net(images), labels, label_smoothing=self.hparams["label_smoothing"])
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
 
@@ -83,7 +89,7 @@ class ImageClassifier(L.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
-        logits = self.net(images)
+        logits = self(images)
         accuracy.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(f"{split}/loss", loss, batch_size=len(labels), sync_dist=True)

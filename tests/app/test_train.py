@@ -65,6 +65,17 @@ def test_a_job_compresses_measures_and_writes(job: Compose, tmp_path: Path) -> N
     assert not (tmp_path / "job" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("arch", ["deconvolutional", "hierarchical_sparse_coding", "conv_autoencoder", "conv_dbn"])
+def test_networks_that_learn_without_labels_bring_their_task(arch: str, job: Compose, tmp_path: Path) -> None:
+    config = job(f"arch={arch}", "method=weight_sharing")
+    assert config.task._target_.rpartition(".")[2] in ("ImageReconstruction", "ContrastiveDivergence")
+    metrics = work.run(config, tmp_path / "job")
+    assert {"test/acc", "test/mse", "test/psnr", "test/active"} <= set(metrics["final"])
+    results = Results.load(tmp_path / "job" / "results.json")
+    assert results.compressed is not None
+    assert results.compressed.bytes < 0.5 * results.dense.bytes
+
+
 def test_a_dense_job_is_trained_on_and_nothing_is_cut(job: Compose, tmp_path: Path) -> None:
     metrics = work.run(job("method=none"), tmp_path / "job")
     assert Results.load(tmp_path / "job" / "results.json").compressed is None

@@ -133,3 +133,9 @@ METHODS: dict[str, Method] = {
     "circulant": Method(_compact("circulant", block=2), unit="params", budget=0.6, slack=0.1, twice=0.85, renames=True),
     "hashed": Method(_compact("hashed", ratio=2), unit="params", budget=0.6, slack=0.1, twice=0.85, renames=True),
 }
+
+SCHEMES = (
+    *("channel_pruning", "channel_pruning_self_distilled", "weight_pruning", "weight_sharing", "low_bit_ternary"),
+    *("quantization", "low_rank", "compact_filters"),
+)
+"""One method of each scheme, for networks of other types."""

@@ -1,9 +1,13 @@
-"""The three networks that every method must keep its promises on. No Lightning here: artifacts load without it."""
+"""Networks that methods must keep their promises on. No Lightning here: artifacts load without it."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_compress.zoo.bidirectional import TiedAutoencoder
+from lightning_compress.zoo.feedback import SparseCoding
 
 
 def conv(inputs: int, outputs: int, groups: int = 1, size: int = 3) -> nn.Sequential:
@@ -64,4 +68,39 @@ class Depthwise(nn.Module):
         return self.head(self.grouped(self.project(x * gate)).mean((2, 3)))
 
 
+class FeedBack(nn.Module):
+    """Two layers of sparse coding, unrolled: the same filters predict and correct, step after step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower = SparseCoding(1, 16, iterations=3, penalty=0.02)
+        self.upper = SparseCoding(16, 24, iterations=3, penalty=0.02)
+        self.head = nn.Linear(24 * 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.upper(F.max_pool2d(self.lower(x), 2))
+        return self.head(F.max_pool2d(code, 2).flatten(1))
+
+
+class BiDirectional(nn.Module):
+    """Two tied autoencoders; it classifies from the top code and from what is left unexplained on the way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower = TiedAutoencoder(1, 16)
+        self.upper = TiedAutoencoder(16, 24)
+        self.head = nn.Linear(24 * 4 + 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.upper(self.lower(x))
+        error = x - self.lower.decode(self.upper.decode(code))
+        return self.head(torch.cat([code.flatten(1), F.avg_pool2d(error, 2).flatten(1)], 1))
+
+
 NETS: dict[str, type[nn.Module]] = {"plain": Plain, "residual": Residual, "depthwise": Depthwise}
+"""Those that every method is tried on."""
+
+TIED: dict[str, type[nn.Module]] = {"feed_back": FeedBack, "bi_directional": BiDirectional}
+"""Those whose filters are used in both directions: one method of each scheme is tried on them."""
+
+ALL = {**NETS, **TIED}

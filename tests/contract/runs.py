@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.contract.nets import NETS
+from tests.contract.nets import ALL
 
 EPOCHS = 5
 SAMPLES = 64
@@ -70,7 +70,7 @@ def data(batch: int = 16) -> DataLoader[Any]:
 def task(net: str, **options: Any) -> Task:
     """The same module every time."""
     torch.manual_seed(1)
-    return Task(NETS[net](), **options)
+    return Task(ALL[net](), **options)
 
 
 def trainer(folder: Path, *callbacks: L.Callback, monitor: str | None = "val_loss", **options: Any) -> L.Trainer:

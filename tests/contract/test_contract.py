@@ -19,8 +19,8 @@ from lightning_compress.budget import BudgetError
 from lightning_compress.edits import EditError, Replace, apply_edits, companions, history
 from lightning_compress.footprint import Footprint, measure
 from lightning_compress.methods.quantization import quantization_buffers
-from tests.contract.methods import METHODS, Method
-from tests.contract.nets import NETS
+from tests.contract.methods import METHODS, SCHEMES, Method
+from tests.contract.nets import ALL, NETS, TIED
 from tests.contract.runs import EPOCHS, Metrics, data, fit, task
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,19 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.k
 every_compressing_method = pytest.mark.parametrize(
     "method", [m for m in METHODS.values() if m.budget], ids=[name for name, m in METHODS.items() if m.budget]
 )
-every_net = pytest.mark.parametrize("net", NETS)
+
+
+def _cases(compressing: bool) -> pytest.MarkDecorator:
+    """Every method on every feed-forward network, and one of each scheme on networks of the other types."""
+    chosen = [name for name, method in METHODS.items() if method.budget or not compressing]
+    pairs = [(name, net) for name in chosen for net in (*NETS, *(TIED if name in SCHEMES else ()))]
+    return pytest.mark.parametrize(
+        ("method", "net"), [(METHODS[name], net) for name, net in pairs], ids=[f"{name}-{net}" for name, net in pairs]
+    )
+
+
+every_case = _cases(compressing=False)
+every_compressing_case = _cases(compressing=True)
 
 
 def footprint(net: torch.nn.Module) -> Footprint:
@@ -52,8 +64,7 @@ def assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), f"{name} differs"
 
 
-@every_net
-@every_method
+@every_case
 def test_resumed_equals_uninterrupted(method: Method, net: str, tmp_path: Path) -> None:
     """From checkpoints taken before, between and after the edits: bit for bit."""
     metrics, module = Metrics(), task(net)
@@ -68,8 +79,7 @@ def test_resumed_equals_uninterrupted(method: Method, net: str, tmp_path: Path) 
         assert again.rows == {e: row for e, row in metrics.rows.items() if e > epoch}
 
 
-@every_net
-@every_method
+@every_case
 def test_best_and_last_are_compressed(method: Method, net: str, tmp_path: Path) -> None:
     module = task(net)
     trainer = fit(module, tmp_path, *method.make())
@@ -78,7 +88,7 @@ def test_best_and_last_are_compressed(method: Method, net: str, tmp_path: Path) 
         trainer.test(module, data(), ckpt_path=which, verbose=False, weights_only=True)
         assert footprint(module.net).params == final.params
     # A module made anew takes the shape of whatever it is given, the dense epoch included.
-    for epoch, macs in ((EPOCHS - 1, final.macs), (0, footprint(NETS[net]()).macs)):
+    for epoch, macs in ((EPOCHS - 1, final.macs), (0, footprint(ALL[net]()).macs)):
         trainer.test(module, data(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", verbose=False, weights_only=True)
         assert footprint(module.net).macs == macs
 
@@ -87,20 +97,19 @@ FRESH = """
 import sys, torch
 from lightning_compress.artifact import load_compressed
 from safetensors.torch import load_file
-from tests.contract.nets import NETS
+from tests.contract.nets import ALL
 def refuse(*_, **__): raise AssertionError("pickle")
 torch.load = refuse
 import pickle; pickle.load = pickle.loads = pickle.Unpickler = refuse
 folder, net = sys.argv[1:]
-model = load_compressed(folder + "/compressed.safetensors", NETS[net]()).eval()
+model = load_compressed(folder + "/compressed.safetensors", ALL[net]()).eval()
 stored = load_file(folder + "/outputs.safetensors")
 assert torch.equal(model(stored["x"]), stored["y"]), "outputs differ"
 assert not {"lightning", "lightning_compress.callbacks"} & set(sys.modules), "training code was imported"
 """
 
 
-@every_net
-@every_method
+@every_case
 def test_artifact_loads_in_a_fresh_process(method: Method, net: str, tmp_path: Path) -> None:
     module = task(net)
     fit(module, tmp_path, *method.make())
@@ -109,7 +118,7 @@ def test_artifact_loads_in_a_fresh_process(method: Method, net: str, tmp_path: P
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         y = module.net(x)
-    assert torch.equal(load_compressed(tmp_path / "compressed.safetensors", NETS[net]()).eval()(x), y)
+    assert torch.equal(load_compressed(tmp_path / "compressed.safetensors", ALL[net]()).eval()(x), y)
     save_file({"x": x, "y": y}, tmp_path / "outputs.safetensors")
     command = [sys.executable, "-c", FRESH, str(tmp_path), net]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -162,8 +171,7 @@ def test_optimizer_moves_exactly_the_live_parameters(
     assert watch.edits >= 2
 
 
-@every_net
-@every_compressing_method
+@every_compressing_case
 def test_budget_is_met(method: Method, net: str, tmp_path: Path) -> None:
     """Measured by footprint, within two hundredths of the dense network (or what the row says) from below."""
     module = task(net)
@@ -173,8 +181,7 @@ def test_budget_is_met(method: Method, net: str, tmp_path: Path) -> None:
     assert method.budget - method.slack < reached <= method.budget
 
 
-@every_net
-@every_compressing_method
+@every_compressing_case
 def test_unreachable_budget_is_refused_before_training(method: Method, net: str, tmp_path: Path) -> None:
     module = task(net)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -184,8 +191,7 @@ def test_unreachable_budget_is_refused_before_training(method: Method, net: str,
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-@every_net
-@every_compressing_method
+@every_compressing_case
 def test_twice(method: Method, net: str, tmp_path: Path) -> None:
     """The same edits again are refused; the compressed network is compressed again as any other."""
     module = task(net)
@@ -208,11 +214,10 @@ def test_twice(method: Method, net: str, tmp_path: Path) -> None:
     assert history(module.net)[: len(edits)] == edits
     save_compressed(module.net, tmp_path / "twice.safetensors")
     x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(load_compressed(tmp_path / "twice.safetensors", NETS[net]()).eval()(x), module.net.eval()(x))
+    assert torch.equal(load_compressed(tmp_path / "twice.safetensors", ALL[net]()).eval()(x), module.net.eval()(x))
 
 
-@every_net
-@every_method
+@every_case
 def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: Path) -> None:
     module = task(net)
     fit(module, tmp_path, *method.make())
@@ -220,7 +225,7 @@ def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: 
     beside = {f"{path}.{name}" for path, part in model.named_modules() for name in companions(part)}
     beside |= set(quantization_buffers(model))
     names = [name for name in model.state_dict() if name not in beside]  # masks are for training, and in no artifact
-    before = list(NETS[net]().state_dict())
+    before = list(ALL[net]().state_dict())
     if method.renames:  # what replaces a layer lives under its name; all else keeps its own
         replaced = {path for edit in history(model) if isinstance(edit, Replace) for path in edit.layers}
         inside = tuple(f"{path}." for path in replaced)

@@ -32,6 +32,7 @@ from lightning_compress.zoo import (
     DeconvolutionalNetwork,
     Digits,
     HierarchicalSparseCoding,
+    ImageClassifier,
     ImageReconstruction,
     StackedConvAutoencoder,
     VGGSmall,
@@ -126,9 +127,9 @@ def test_greedy_layers_learn_from_their_own_loss_alone(network: Callable[..., nn
 @pytest.mark.parametrize("build", [*SMALL.values(), lambda: HierarchicalSparseCoding(1, 10, 8, patch=4)])
 def test_training_makes_reconstruction_and_classification_better(build: Callable[[], nn.Module]) -> None:
     L.seed_everything(0, verbose=False)
-    module = task(build(), lr=0.01)
+    module = task(build(), lr=0.02)
     before = fit(module, epochs=0).validate(module, Digits(limit_train=256), verbose=False)[0]
-    after = fit(module, epochs=30).validate(module, Digits(limit_train=256), verbose=False)[0]
+    after = fit(module, epochs=40).validate(module, Digits(limit_train=256), verbose=False)[0]
     assert after["val/mse"] < 0.9 * before["val/mse"]
     assert after["val/psnr"] > before["val/psnr"]
     assert after["val/acc"] > before["val/acc"] + 0.1
@@ -355,6 +356,8 @@ def test_misuse_is_named(make: Callable[[], Any], match: str) -> None:
         make()
 
 
-def test_a_network_that_gives_logits_is_told_its_task() -> None:
+def test_a_network_of_another_kind_is_told_its_task() -> None:
+    with pytest.raises(TypeError, match=r"StackedConvAutoencoder gives a Representation.*ImageReconstruction"):
+        fit(ImageClassifier(SMALL["autoencoder"](), 10))
     with pytest.raises(TypeError, match=r"VGGSmall gives a Tensor, and no Representation .*task=classification"):
         fit(ImageReconstruction(VGGSmall(1), 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.app.jobs import Job, Metrics, config_digest, folder_name
+from lightning_compress.app.libraries import offer_networks
 from lightning_compress.app.sweep import SweepTable
 
 __all__ = ["main"]
@@ -28,6 +30,7 @@ class JobError(CompactHydraException):
 
 def main() -> None:
     """The console script."""
+    offer_networks(sys.argv[1:])
     try:
         _hydra_main()
     finally:  # of a sweep with failures, too, one wants to see what was done

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 __all__ = ["published_model", "require_extra", "timm_model", "torchvision_model"]
 
 
 def timm_model(
-    name: str, pretrained: bool = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+    name: str, pretrained: bool | str = False, in_channels: int = 3, num_classes: int = 10, **options: Any
 ) -> nn.Module:
     """A network of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
 
     Args:
         name: as in `timm.list_models()`, with or without the tag of pretrained weights (`resnet18.a1_in1k`).
-        pretrained: start from trained weights, downloaded once; the head for `num_classes` starts afresh.
+        pretrained: start from trained weights, downloaded once; the head for `num_classes` starts afresh. Or the path
+            of a file of weights (.safetensors, or a state dict that `torch.load(weights_only=True)` reads).
         in_channels: channels of the images; timm adapts pretrained first layers to it.
         num_classes: how many logits come out.
         **options: passed on to `timm.create_model`, `img_size=32` for instance.
@@ -29,6 +34,7 @@ def timm_model(
         ModuleNotFoundError: timm is not installed.
         ValueError: timm has no network of that name.
         ConnectionError: the weights could not be downloaded.
+        FileNotFoundError: there is no such file.
 
     Example:
         >>> net = timm_model("resnet18", in_channels=1)
@@ -38,22 +44,24 @@ def timm_model(
         raise _unknown("timm", name, timm.list_models())
     try:
         network: nn.Module = timm.create_model(
-            name, pretrained=pretrained, in_chans=in_channels, num_classes=num_classes, **options
+            name, pretrained=pretrained is True, in_chans=in_channels, num_classes=num_classes, **options
         )
     except OSError as error:
         raise _no_weights("timm", name, error) from error
+    if isinstance(pretrained, str):
+        _load_but_head(network, _read_weights(Path(pretrained)), num_classes)
     return network
 
 
 def torchvision_model(
-    name: str, pretrained: bool = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+    name: str, pretrained: bool | str = False, in_channels: int = 3, num_classes: int = 10, **options: Any
 ) -> nn.Module:
     """A classification network of torchvision.
 
     Args:
         name: as in `torchvision.models.list_models(torchvision.models)`.
         pretrained: start from torchvision's best weights, downloaded once; if they are for another number of
-            classes, the last layer starts afresh.
+            classes, the last layer starts afresh. Or the path of a file of weights, as for `timm_model`.
         in_channels: must be 3, the only number that these networks are made for.
         num_classes: how many logits come out.
         **options: passed on to torchvision's builder; `aux_logits=False` keeps `googlenet` and `inception_v3` from
@@ -63,6 +71,7 @@ def torchvision_model(
         ModuleNotFoundError: torchvision is not installed.
         ValueError: torchvision has no classification network of that name, or `in_channels` is not 3.
         ConnectionError: the weights could not be downloaded.
+        FileNotFoundError: there is no such file.
 
     Example:
         >>> net = torchvision_model("mobilenet_v2")
@@ -77,7 +86,9 @@ def torchvision_model(
             "3 (data.in_channels=3 repeats gray ones), or take the network from timm, which adapts"
         )
     network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
-    if pretrained:
+    if isinstance(pretrained, str):
+        _load_but_head(network, _read_weights(Path(pretrained)), num_classes)
+    elif pretrained:
         try:
             weights = models.get_model_weights(name).DEFAULT.get_state_dict()
         except OSError as error:
@@ -128,6 +139,19 @@ def require_extra(module: str) -> ModuleType:
         raise ModuleNotFoundError(
             f'{package} is not installed; get it with: pip install "lightning-compress[vision]"', name=package
         ) from error
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """A state dict from a file; of a Lightning checkpoint, or one with the weights under "state_dict", that."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`pretrained` must be true, false or a file of weights; there is no file {path}")
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:  # whatever damage leads to
+        raise ValueError(f"`pretrained`: {path} holds something else than tensors, or is damaged: {error}") from error
+    return dict(loaded.get("state_dict", loaded))
 
 
 def _load_but_head(network: nn.Module, weights: dict[str, Any], num_classes: int) -> None:

@@ -111,3 +111,17 @@ def test_the_table_shows_both_sides_and_what_differs(tmp_path: Path) -> None:
 
 def test_a_sweep_without_jobs_has_an_empty_table() -> None:
     assert "test/acc" in shown([])
+
+
+def test_networks_of_other_libraries_are_options_beside_our_own(tmp_path: Path) -> None:
+    small = [argument for argument in SMALL if not argument.startswith("arch")]
+    done = command(tmp_path, "-m", "arch=timm/test_resnet,timm/resnet81,lenet5", *small, "method=weight_sharing")
+    assert done.returncode == 1
+    _, _, table = done.stdout.partition("dense → now")
+    rows = [line for line in table.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["arch=timm/test_resnet", "arch=timm/resnet81", "arch=lenet5"]
+    assert ["failed" in row for row in rows] == [False, True, False]
+    assert "timm has no classification network named 'resnet81'; did you mean" in table
+    folders = [path.parent.relative_to(tmp_path / "outputs") for path in tmp_path.rglob("compressed.safetensors")]
+    assert len(folders) == 2
+    assert all(len(folder.parts) == 1 for folder in folders)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_compress.calls import as_calls
@@ -266,3 +267,27 @@ def test_torchvision_pretrained_weights_load_but_for_the_head(monkeypatch: pytes
 def test_torchvision_networks_take_three_channels() -> None:
     with pytest.raises(ValueError, match=r"`in_channels` = 1.*data.in_channels=3"):
         torchvision_model("resnet18", in_channels=1)
+
+
+@pytest.mark.parametrize(("build", "head"), [(timm_model, "fc"), (torchvision_model, "fc")])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_pretrained_weights_may_come_from_a_file(
+    build: Callable[..., nn.Module], head: str, suffix: str, tmp_path: Path
+) -> None:
+    stored = build("resnet18", num_classes=7).state_dict()
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pt":
+        torch.save({"state_dict": stored}, path)
+    else:
+        save_file(stored, path)
+    same = build("resnet18", pretrained=str(path), num_classes=7).state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in same.items())
+    other = build("resnet18", pretrained=str(path), num_classes=4).state_dict()
+    assert {name for name in other if not torch.equal(other[name], stored[name])} == {f"{head}.weight", f"{head}.bias"}
+
+    path.write_bytes(b"no weights")
+    if suffix == "pt":
+        with pytest.raises(ValueError, match="holds something else than tensors"):
+            build("resnet18", pretrained=str(path))
+    with pytest.raises(FileNotFoundError, match=r"`pretrained` must be .* no file .*missing.pt"):
+        build("resnet18", pretrained=str(tmp_path / "missing.pt"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.factorization import LowRankFactorization
     from lightning_compress.callbacks.filters import CompactFilters
     from lightning_compress.callbacks.latent import LowBitWeights
+    from lightning_compress.callbacks.pictures import FilterPictures
     from lightning_compress.callbacks.pruning import ChannelPruning
     from lightning_compress.callbacks.quantization import Quantization
     from lightning_compress.callbacks.report import CompressionReport
@@ -45,6 +46,7 @@ __all__ = [
     "CompressionReport",
     "Distillation",
     "DistillationModule",
+    "FilterPictures",
     "Footprint",
     "LowBitWeights",
     "LowRankFactorization",
@@ -76,6 +78,7 @@ _HOMES = {
     "CompressionReport": "lightning_compress.callbacks.report",
     "Distillation": "lightning_compress.callbacks.distillation",
     "DistillationModule": "lightning_compress.distill.module",
+    "FilterPictures": "lightning_compress.callbacks.pictures",
     "Footprint": "lightning_compress.footprint",
     "LowBitWeights": "lightning_compress.callbacks.latent",
     "LowRankFactorization": "lightning_compress.callbacks.factorization",

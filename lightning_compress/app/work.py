@@ -68,7 +68,8 @@ def _work(config: DictConfig, job: Job) -> Metrics:
 
     L.seed_everything(config.seed, workers=True, verbose=False)  # the same, whether the dense network was cached or not
     logger = instantiate(config.logger, _convert_="all") if config.logger else False
-    callbacks = [*methods, report, newest_checkpoint(job.checkpoints)]
+    drawn = [] if config.pictures is None else [instantiate(config.pictures, folder=str(job.folder / "pictures"))]
+    callbacks = [*methods, *drawn, report, newest_checkpoint(job.checkpoints)]
     trainer = make_trainer(config, callbacks=callbacks, logger=logger)
     trainer.fit(task, data, ckpt_path=resume)
     trainer.strategy.barrier()

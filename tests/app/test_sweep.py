@@ -82,7 +82,7 @@ def test_a_mistake_gets_one_clear_message(tmp_path: Path, arguments: list[str], 
 def test_help_names_the_groups(tmp_path: Path) -> None:
     done = command(tmp_path, "--help")
     assert done.returncode == 0
-    assert "arch: lenet300100, lenet5, mobilenetv2_small, resnet20" in done.stdout
+    assert "arch: alexnet, conv_autoencoder, conv_dbn, deconvolutional" in done.stdout
     assert "method: channel_pruning, channel_pruning_group_norm" in done.stdout
 
 

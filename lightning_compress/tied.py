@@ -41,6 +41,7 @@ class TiedConv2d(nn.Conv2d):
         ValueError: another padding mode.
 
     Example:
+        >>> import torch
         >>> layer = TiedConv2d(1, 8, 3, padding=1, bias=False)
         >>> code = layer(torch.zeros(2, 1, 6, 6))
         >>> code.shape, layer(code, transposed=True).shape
@@ -71,6 +72,7 @@ def transpose(layer: nn.Module, z: Tensor) -> Tensor:
         TypeError: a layer that is not linear, or not known.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(3, 2)
         >>> torch.equal(transpose(layer, torch.eye(2)), layer.weight)
         True

@@ -258,8 +258,9 @@ class _Placing:
 
     def _pairs(self, weighted: Sequence[Node]) -> list[Pair]:
         calls: dict[str, int] = defaultdict(int)
-        for node in weighted:
-            calls[str(node.weight)] += 1
+        for node in self.trace.nodes:  # of transposes, too: what is tied cannot be scaled for one use alone
+            if node.weight is not None:
+                calls[node.weight] += 1
         pairs = []
         for node in weighted:
             value, chain = self._end(node)

@@ -5,34 +5,36 @@ from __future__ import annotations
 import difflib
 import importlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["published_model", "require_extra", "timm_model", "torchvision_model"]
 
 
 def timm_model(
-    name: str, pretrained: bool | str = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+    name: str, pretrained: bool | str | Path = False, in_channels: int = 3, num_classes: int = 10, **options: Any
 ) -> nn.Module:
     """A network of timm (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
 
     Args:
         name: as in `timm.list_models()`, with or without the tag of pretrained weights (`resnet18.a1_in1k`).
         pretrained: start from trained weights, downloaded once; the head for `num_classes` starts afresh. Or the path
-            of a file of weights (.safetensors, or a state dict that `torch.load(weights_only=True)` reads).
+            of a file of weights (.safetensors, or a state dict that `torch.load(weights_only=True)` reads), for as
+            many channels.
         in_channels: channels of the images; timm adapts pretrained first layers to it.
         num_classes: how many logits come out.
         **options: passed on to `timm.create_model`, `img_size=32` for instance.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: timm has no network of that name.
+        ValueError: timm has no network of that name, or the file's weights are not of this network.
         ConnectionError: the weights could not be downloaded.
         FileNotFoundError: there is no such file.
 
@@ -48,13 +50,13 @@ def timm_model(
         )
     except OSError as error:
         raise _no_weights("timm", name, error) from error
-    if isinstance(pretrained, str):
-        _load_but_head(network, _read_weights(Path(pretrained)), num_classes)
+    if not isinstance(pretrained, bool):
+        _load_file(network, Path(pretrained), num_classes)
     return network
 
 
 def torchvision_model(
-    name: str, pretrained: bool | str = False, in_channels: int = 3, num_classes: int = 10, **options: Any
+    name: str, pretrained: bool | str | Path = False, in_channels: int = 3, num_classes: int = 10, **options: Any
 ) -> nn.Module:
     """A classification network of torchvision.
 
@@ -69,7 +71,8 @@ def torchvision_model(
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
-        ValueError: torchvision has no classification network of that name, or `in_channels` is not 3.
+        ValueError: torchvision has no classification network of that name, `in_channels` is not 3, or the file's
+            weights are not of this network.
         ConnectionError: the weights could not be downloaded.
         FileNotFoundError: there is no such file.
 
@@ -86,8 +89,8 @@ def torchvision_model(
             "3 (data.in_channels=3 repeats gray ones), or take the network from timm, which adapts"
         )
     network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
-    if isinstance(pretrained, str):
-        _load_but_head(network, _read_weights(Path(pretrained)), num_classes)
+    if not isinstance(pretrained, bool):
+        _load_file(network, Path(pretrained), num_classes)
     elif pretrained:
         try:
             weights = models.get_model_weights(name).DEFAULT.get_state_dict()
@@ -141,17 +144,30 @@ def require_extra(module: str) -> ModuleType:
         ) from error
 
 
+def _load_file(network: nn.Module, path: Path, num_classes: int) -> None:
+    weights = _read_weights(path)
+    own = network.state_dict()
+    foreign = [key for key in weights if key not in own]
+    if foreign:  # what is of a deeper network of the same kind would otherwise load in part, without a word
+        raise ValueError(f"{path} is of another network: this one has no {_listed(foreign)}")
+    _load_but_head(network, weights, num_classes)
+
+
 def _read_weights(path: Path) -> dict[str, Any]:
-    """A state dict from a file; of a Lightning checkpoint, or one with the weights under "state_dict", that."""
+    """A state dict from a file, where it may lie under "state_dict"."""
     if not path.is_file():
         raise FileNotFoundError(f"`pretrained` must be true, false or a file of weights; there is no file {path}")
-    if path.suffix == ".safetensors":
-        return dict(load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:  # whatever damage leads to
+    except (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:
+        # whatever damage leads to
         raise ValueError(f"`pretrained`: {path} holds something else than tensors, or is damaged: {error}") from error
-    return dict(loaded.get("state_dict", loaded))
+    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not (isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())):
+        raise ValueError(f'`pretrained`: {path} holds no state dict, neither by itself nor under "state_dict"')
+    return weights
 
 
 def _load_but_head(network: nn.Module, weights: dict[str, Any], num_classes: int) -> None:
@@ -160,8 +176,13 @@ def _load_but_head(network: nn.Module, weights: dict[str, Any], num_classes: int
     fresh = [key for key in own if key not in fitting]
     body = [key for key in fresh if own[key].dim() == 0 or own[key].shape[0] != num_classes]
     if body:
-        raise ValueError(f"the pretrained weights do not fit the network at {body}; were options changed?")
+        raise ValueError(f"the pretrained weights do not fit the network at {_listed(body)}; were options changed?")
     network.load_state_dict(fitting, strict=False)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{list(names[:most])}{more}"
 
 
 def _unknown(library: str, name: str, names: Iterable[str]) -> ValueError:

@@ -242,14 +242,13 @@ class HierarchicalSparseCoding(nn.Module):
         """Of images [N, in_channels, H, W], all of one size."""
         patches = self._patches(x)
         codes, group_codes = self._infer(patches)
-        error = patches - codes @ self.dictionary
+        predicted = self._predict(codes)
         spread = codes.square().mean(1)
-        variance = self._variance(group_codes)
-        energy = 0.5 * error.square().sum(2).mean(1) + self.penalty * codes.abs().sum(2).mean(1)
-        energy = energy + 0.5 * (spread / variance).sum(1) + self.second_penalty * group_codes.sum(1)
+        energy = 0.5 * (patches - predicted).square().sum(2).mean(1) + self.penalty * codes.abs().sum(2).mean(1)
+        energy = energy + 0.5 * (spread / self._variance(group_codes)).sum(1) + self.second_penalty * group_codes.sum(1)
         return Representation(
             self.probe(self._summary(codes, group_codes)),
-            self._assemble(codes @ self.dictionary, x),
+            self._assemble(predicted, x),
             energy[:, None] / self.patch**2,
             codes.ne(0).to(codes.dtype).sum((1, 2)),
         )
@@ -259,26 +258,36 @@ class HierarchicalSparseCoding(nn.Module):
         return self._summary(*self._infer(self._patches(x)))
 
     def _infer(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the patches, [N, places, atoms], and of their variances, [N, groups]."""
         steps = self.log_step.exp()
-        codes = _shrink(steps[0] * (patches @ self.dictionary.T), steps[0] * self.penalty)
+        codes = _shrink(steps[0] * self._correlate(patches), steps[0] * self.penalty)
         group_codes = self._update(patches.new_ones(patches.shape[0], self.variances.shape[1]), codes)
         for step in steps[1:]:
-            error = patches - codes @ self.dictionary
-            codes = _shrink(codes + step * (error @ self.dictionary.T), step * self.penalty)
-            codes = codes / (
-                1 + step / self._variance(group_codes)[:, None]
-            )  # the proximal step of the variances' term
+            codes = _shrink(codes + step * self._correlate(patches - self._predict(codes)), step * self.penalty)
+            codes = codes / (1 + step / self._variance(group_codes)[:, None])  # proximal, of the variances' term
             group_codes = self._update(group_codes, codes)
         return codes, group_codes
+
+    # One product of two matrices each: torch would multiply batches of them in one way or another, by their sizes.
+
+    def _correlate(self, patches: Tensor) -> Tensor:
+        """[N, places, C * patch^2] with each atom: [N, places, atoms]."""
+        products: Tensor = F.linear(patches.flatten(0, 1), self.dictionary).unflatten(0, patches.shape[:2])
+        return products
+
+    def _predict(self, codes: Tensor) -> Tensor:
+        """Patches, [N, places, C * patch^2], from their codes."""
+        patches: Tensor = torch.mm(codes.flatten(0, 1), self.dictionary).unflatten(0, codes.shape[:2])
+        return patches
 
     def _update(self, group_codes: Tensor, codes: Tensor) -> Tensor:
         """One multiplicative step: the root of what pulls up over what pulls down."""
         variance = self._variance(group_codes)
-        up = 0.5 * (codes.square().mean(1) / variance.square()) @ self.variances.abs()
+        up = 0.5 * torch.mm(codes.square().mean(1) / variance.square(), self.variances.abs())
         return group_codes * (up / self.second_penalty + 1e-8).sqrt()
 
     def _variance(self, group_codes: Tensor) -> Tensor:
-        return group_codes @ self.variances.abs().T + 1e-2
+        return F.linear(group_codes, self.variances.abs()) + 1e-2
 
     @staticmethod
     def _summary(codes: Tensor, group_codes: Tensor) -> Tensor:

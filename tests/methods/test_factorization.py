@@ -201,7 +201,7 @@ def test_awkward_layers_are_handled_or_left_by_name() -> None:
     wanted = outputs(model)
     done = factorize(model, X[:4], rank={"twice": 14}, calibration=CALLS)
     assert done.left["tied"] == done.left["other"] == "shares its weight with another layer"
-    assert done.left["by_hand"] == "has a weight that is also used outside of its own call"
+    assert "has a weight that is also used outside of its own call" in done.left["by_hand"]
     assert done.left["never"] == "is not called on the data"
     assert done.left["own"] == "is a Own, no plain layer of torch"
     assert "no plain layer" in done.left["normed"]

@@ -22,8 +22,8 @@ from tests.contract.nets import NETS, Residual
 from tests.networks import AWKWARD, RandomNetwork, networks, randomize
 from tests.quantizing import images, net_of, quantized
 
-WITHOUT = ("TiedAutoencoder", "UnrolledIsta", "Volume")
-"""Awkward networks all of whose layers are transposed, or over volumes."""
+WITHOUT = ("Volume",)
+"""Awkward networks all of whose layers are over volumes."""
 
 few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 every_net = pytest.mark.parametrize("make", NETS.values(), ids=NETS.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import subprocess
 import sys
@@ -13,12 +14,10 @@ import pytest
 import torch
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import nn
 
-from lightning_compress.calls import as_calls
-from lightning_compress.coupling import trace_coupling
-from lightning_compress.edits import apply_edits
+from benchmarks.oracle import judge
+from lightning_compress.methods.pruning import prune_channels
 from lightning_compress.zoo import (
     AlexNet,
     DenseNet,
@@ -34,13 +33,10 @@ from lightning_compress.zoo import (
     VGGSmall,
     WideResNet,
     densenet40,
-    external,
     resnet20,
     resnet32,
     resnet56,
     resnet110,
-    timm_model,
-    torchvision_model,
     vgg11,
     vgg16,
     wrn_16_2,
@@ -48,6 +44,7 @@ from lightning_compress.zoo import (
 )
 from lightning_compress.zoo.feedforward.googlenet import Inception
 from lightning_compress.zoo.feedforward.squeezenet import Fire
+from tests.networks import randomize
 
 CONF = Path(__file__).parents[2] / "conf"
 LARGE: list[Callable[..., nn.Module]] = [
@@ -112,12 +109,16 @@ def test_convolutions_are_those_of_the_papers() -> None:
 
 
 def test_inception_modules_have_the_parameters_of_table_1() -> None:
-    """Szegedy et al. 2014, in thousands of 1024; the paper's own sums are up to 5 % off its widths."""
+    """Szegedy et al. 2014; the paper's sums do not all follow from the widths in the same lines."""
     modules = [module for module in GoogLeNet().modules() if isinstance(module, Inception)]
-    # the fifth is said to have 463, which its own widths in the same line do not give
-    table = [159, 380, 364, 437, 498, 580, 840, 1072, 1388]
-    found = [sum(convolutions(module)) / 1024 for module in modules]
-    assert found == pytest.approx(table, rel=0.055)
+    weights = [sum(convolutions(module)) for module in modules]
+    # in thousands of 1024, up to 5.3 % off; the fifth is said to have 463
+    params = [159, 380, 364, 437, 498, 580, 840, 1072, 1388]
+    assert [count / 1024 for count in weights] == pytest.approx(params, rel=0.055)
+    # in millions, all within rounding but the eighth, said to be 54; the fifth are those of 498, not 463
+    ops = [128, 304, 73, 88, 100, 119, 170, 51, 71]
+    pixels = [28**2] * 2 + [14**2] * 5 + [7**2] * 2
+    assert [count * side / 1e6 for count, side in zip(weights, pixels, strict=True)] == pytest.approx(ops, abs=0.7)
 
 
 def test_fire_modules_have_the_parameters_of_the_paper() -> None:
@@ -130,20 +131,25 @@ def test_fire_modules_have_the_parameters_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_channels_can_be_pruned(network: Callable[..., nn.Module]) -> None:
-    """Every other class of coupled channels is cut, and the network computes what it did with them zeroed."""
-    torch.manual_seed(0)
+def test_half_of_each_layer_can_be_pruned(network: Callable[..., nn.Module]) -> None:
+    """What is left computes, by the outside oracle, what the original does with the other half zeroed."""
     net = build(network, 8, in_channels=1, **({"width": 0.25} if network in LARGE else {})).eval()
-    x = torch.randn(2, 1, 8, 8)
-    coupling = trace_coupling(net, x)
-    cut = coupling.nothing_cut()
-    for group in coupling.groups:
-        cut[group.classes[::2]] = True
-    assert cut.any()
-    before, calls = parameters(net), as_calls(x)
-    apply_edits(net, [coupling.keep_edit(cut)])
-    assert parameters(net) < 0.8 * before
-    assert net(*calls[0].args).shape == (2, 10)
+    randomize(net, 0)
+    dense, inputs = copy.deepcopy(net), (torch.randn(2, 1, 8, 8),)
+    pruned = prune_channels(net, inputs, ratio=0.5, ranking="layer")
+    kept = {
+        name: {dim: torch.tensor(indices) for dim, indices in dims.items()}
+        for edit in pruned.edits
+        for name, dims in edit.slices.items()
+    }
+    before, after = pruned.costs["macs"]
+    # shuffling mixes the channels of each stage of ShuffleNetV2 into a few large classes, of which half cannot go;
+    # those between the convolutions of a unit are halved all the same
+    most = 0.55 if network is ShuffleNetV2 else 0.4
+    assert after < most * before
+    assert parameters(net) < most * parameters(dense)
+    verdict = judge(dense, net, kept, inputs)
+    assert verdict.kind == "exact", verdict
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
@@ -212,82 +218,3 @@ def test_the_networks_need_torch_alone() -> None:
     code = "import sys, lightning_compress.zoo as zoo; zoo.resnet20(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"lightning", "torchvision", "timm", "sklearn", "hydra"}.isdisjoint(done.stdout.split())
-
-
-@pytest.mark.parametrize(("build", "library"), [(timm_model, "timm"), (torchvision_model, "torchvision")])
-class TestNetworksByName:
-    def test_unknown_name_gets_suggestions(self, build: Callable[..., nn.Module], library: str) -> None:
-        with pytest.raises(ValueError, match=f"{library} has no .* 'resnet81'; did you mean .*resnet18"):
-            build("resnet81")
-        with pytest.raises(ValueError, match="list_models"):
-            build("?")
-
-    def test_without_the_library_the_extra_is_named(
-        self, build: Callable[..., nn.Module], library: str, uninstall: Callable[[str], None]
-    ) -> None:
-        uninstall(library)
-        with pytest.raises(ModuleNotFoundError, match=rf'{library} is not installed.*"lightning-compress\[vision\]"'):
-            build("resnet18")
-
-    def test_without_a_network_pretrained_weights_are_refused(
-        self, build: Callable[..., nn.Module], library: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def offline(*args: object, **kwargs: object) -> None:
-            raise OSError("no route to host")
-
-        if library == "timm":
-            monkeypatch.setattr("timm.create_model", offline)
-        else:
-            monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-        with pytest.raises(ConnectionError, match=f"{library}'s 'resnet18' .*no route to host.*pretrained=false"):
-            build("resnet18", pretrained=True)
-
-
-def test_a_library_that_is_broken_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
-
-    monkeypatch.setattr(external.importlib, "import_module", broken)
-    with pytest.raises(ModuleNotFoundError, match="yaml"):
-        external.require_extra("timm")
-
-
-def test_torchvision_pretrained_weights_load_but_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = torchvision_model("squeezenet1_1", num_classes=1000).state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: dict(stored))
-    network = torchvision_model("squeezenet1_1", pretrained=True, num_classes=4)
-    loaded = {key for key, value in network.state_dict().items() if torch.equal(value, stored[key])}
-    assert set(stored) - loaded == {"classifier.1.weight", "classifier.1.bias"}
-
-    del stored["features.0.weight"]
-    with pytest.raises(ValueError, match=r"do not fit the network at \['features.0.weight'\]"):
-        torchvision_model("squeezenet1_1", pretrained=True, num_classes=4)
-
-
-def test_torchvision_networks_take_three_channels() -> None:
-    with pytest.raises(ValueError, match=r"`in_channels` = 1.*data.in_channels=3"):
-        torchvision_model("resnet18", in_channels=1)
-
-
-@pytest.mark.parametrize(("build", "head"), [(timm_model, "fc"), (torchvision_model, "fc")])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_pretrained_weights_may_come_from_a_file(
-    build: Callable[..., nn.Module], head: str, suffix: str, tmp_path: Path
-) -> None:
-    stored = build("resnet18", num_classes=7).state_dict()
-    path = tmp_path / f"weights.{suffix}"
-    if suffix == "pt":
-        torch.save({"state_dict": stored}, path)
-    else:
-        save_file(stored, path)
-    same = build("resnet18", pretrained=str(path), num_classes=7).state_dict()
-    assert all(torch.equal(value, stored[name]) for name, value in same.items())
-    other = build("resnet18", pretrained=str(path), num_classes=4).state_dict()
-    assert {name for name in other if not torch.equal(other[name], stored[name])} == {f"{head}.weight", f"{head}.bias"}
-
-    path.write_bytes(b"no weights")
-    if suffix == "pt":
-        with pytest.raises(ValueError, match="holds something else than tensors"):
-            build("resnet18", pretrained=str(path))
-    with pytest.raises(FileNotFoundError, match=r"`pretrained` must be .* no file .*missing.pt"):
-        build("resnet18", pretrained=str(tmp_path / "missing.pt"))

@@ -22,6 +22,7 @@ from lightning_compress import (
     WeightPruning,
     WeightSharing,
     load_compressed,
+    prune_channels,
     save_compressed,
 )
 from lightning_compress.edits import history
@@ -321,6 +322,16 @@ def test_filters_stay_tied(name: str, method: str, tmp_path: Path) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(exported.module()(x), net(x), strict=True))
     stored = [name for name in exported.state_dict if ".filters." in name and name.endswith("weight")]
     assert sorted(stored) == sorted(name for name in tied_weights(net) if name.endswith("weight"))
+
+
+def test_dictionaries_that_are_no_layers_are_pruned_too() -> None:
+    """Atoms of a raw parameter, in a loop: the pruned network computes what it did with them at zero."""
+    torch.manual_seed(0)
+    net, x = HierarchicalSparseCoding(1, 10, 8, patch=4).eval(), torch.randn(4, 1, 8, 8)
+    done = prune_channels(net, x, ratio=0.5)
+    assert done.proof == "exact"
+    assert net.dictionary.shape[0] == net.variances.shape[0] == 64
+    assert done.costs["macs"][1] < 0.6 * done.costs["macs"][0]
 
 
 def test_psnr_is_that_of_torchmetrics_with_the_range_of_the_targets() -> None:

@@ -35,7 +35,7 @@ class AlexNet(nn.Module):
     Example:
         >>> net = AlexNet()
         >>> sum(p.numel() for p in net.parameters())
-        7558666
+        7561610
     """
 
     def __init__(

@@ -329,7 +329,7 @@ def test_dictionaries_that_are_no_layers_are_pruned_too() -> None:
     torch.manual_seed(0)
     net, x = HierarchicalSparseCoding(1, 10, 8, patch=4).eval(), torch.randn(4, 1, 8, 8)
     done = prune_channels(net, x, ratio=0.5)
-    assert done.proof == "exact"
+    assert done.proof in ("exact", "restricted")
     assert net.dictionary.shape[0] == net.variances.shape[0] == 64
     assert done.costs["macs"][1] < 0.6 * done.costs["macs"][0]
 

@@ -260,7 +260,7 @@ def main() -> None:
     path = arguments.json or arguments.work / f"{recipe.data}{'-quick' * arguments.quick}.json"
     results = Results("matrix", path, {**asdict(recipe), "thin": THIN})
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", module="lightning")
     for name in arguments.only:
         for scheme in ("dense", *arguments.schemes):
             if not results.has(name, scheme):

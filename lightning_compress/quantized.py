@@ -43,6 +43,8 @@ WEIGHTED = ("conv1d", "conv2d", "linear")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d")
 """Their transposes: of a weight that is quantized they see the rounded one, though runtimes compute them on floats."""
 
+_WITH_WEIGHT = frozenset((*WEIGHTED, *TRANSPOSED))
+
 Place = tuple[str, int]
 """Name of a function, and which of its calls within one call of the module."""
 
@@ -103,7 +105,7 @@ class Calls(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         name = function_name(func)
-        if name in WEIGHTED or name in TRANSPOSED:
+        if name in _WITH_WEIGHT:
             args, kwargs = _in_order(args, kwargs)
         module, counts = self.frames[-1]
         number = counts[name]
@@ -127,7 +129,7 @@ class Rounding(Calls):
         scope = scope_of(module)
         if scope is None:
             return func(*args, **kwargs)
-        if scope.weights and (place[0] in WEIGHTED or place[0] in TRANSPOSED):
+        if scope.weights and place[0] in _WITH_WEIGHT:
             args, kwargs = self.with_weight(module, scope, args, kwargs)
         if scope.inputs:
             args, kwargs = self.with_inputs(module, scope, place, args, kwargs)

@@ -98,19 +98,14 @@ def transpose_convolution(z: Tensor, weight: Tensor, layer: Any) -> Tensor:
         z: [N, out, *size].
         weight: [out, in / groups, *kernel].
         layer: has the stride, padding, dilation and groups.
-
-    Raises:
-        ValueError: padding that differs from end to end.
     """
-    padding, room = [], []
-    for axis, side in enumerate(weight.shape[2:]):
-        span = layer.dilation[axis] * (side - 1)
-        if layer.padding == "same" and span % 2:
-            raise ValueError('padding="same" of a kernel of even sides pads one end more, which has no transpose')
-        pad = span // 2 if layer.padding == "same" else 0 if layer.padding == "valid" else layer.padding[axis]
-        padding.append(pad)
-        # of the sides that give the same outputs: that which the stride divides
-        room.append((2 * pad - span - 1) % layer.stride[axis])
-    back = _BACK[weight.dim() - 2]
+    spans = [step * (side - 1) for step, side in zip(layer.dilation, weight.shape[2:], strict=True)]
+    same = layer.padding == "same"  # without a stride, and of even sides with one pixel more at one end: cut off below
+    padding = [0] * len(spans) if isinstance(layer.padding, str) else layer.padding
+    # of the sides that give the same outputs: that which the stride divides
+    room = [(2 * pad - span - 1) % by for pad, span, by in zip(padding, spans, layer.stride, strict=True)]
+    back = _BACK[len(spans)]
     x: Tensor = back(z, weight, None, layer.stride, padding, room, layer.groups, layer.dilation)
+    for axis, span in enumerate(spans if same else ()):
+        x = x.narrow(2 + axis, span // 2, z.shape[2 + axis])
     return x

@@ -27,11 +27,5 @@ def offer_networks(arguments: Iterable[str]) -> None:
         if key.partition("@")[0] != "arch":
             continue
         for library, name in _NAMED.findall(value):
-            node = {
-                "_target_": f"lightning_compress.zoo.external.{library}_model",
-                "name": name,
-                "pretrained": False,
-                "in_channels": "${data.in_channels}",
-                "num_classes": "${data.num_classes}",
-            }
+            node = {"defaults": [f"/arch/{library}@_here_", "_self_"], "name": name}
             store.store(name, node, group=f"arch/{library}", package="arch", provider="lightning-compress")

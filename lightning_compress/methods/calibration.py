@@ -106,13 +106,9 @@ def input_norms(network: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
     with without_observers(network), undisturbed(network):
         handles = []
         for name, module in network.named_modules():
-            if isinstance(module, nn.Linear):
-                handles.append(
-                    module.register_forward_pre_hook(watch(f"{name}.weight".lstrip("."), 0), with_kwargs=True)
-                )
-            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
-                sides = module.weight.dim() - 2
-                hook = watch(f"{name}.weight".lstrip("."), sides)
+            plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+            if plain or isinstance(module, nn.Linear):
+                hook = watch(f"{name}.weight".lstrip("."), module.weight.dim() - 2)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             run_calls(network, calls)

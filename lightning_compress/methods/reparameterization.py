@@ -94,7 +94,8 @@ def expand(model: nn.Module, inputs: Tensor | Call | Sequence[Any], kind: Kind =
         raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     calls = as_calls(inputs)
     layers = find_layers(model, calls, {})
-    chosen = {layer.path: layer for layer in layers.found if _aligned(layer.geometry)}
+    # branches end in BatchNorm, which has no transpose
+    chosen = {layer.path: layer for layer in layers.found if _aligned(layer.geometry) and not layer.downward}
     if not chosen:
         raise ValueError("the network has no convolution of more than one tap that parallel branches can be given")
     branches = {path: _branches(kind, layer.geometry, layer.weight.cpu()) for path, layer in chosen.items()}

@@ -38,6 +38,7 @@ class Layer:
         places: for each of its calls on one sample, how many inputs it gets and their sides.
         norm: name of the BatchNorm that its outputs, and no others, go to.
         informed: whether moments of its inputs may be taken; else only its weight is known.
+        downward: whether it is also called as its transpose.
         scale: what that norm makes of each output, [outputs], of geometric mean 1; None: there is no norm.
     """
 
@@ -49,6 +50,7 @@ class Layer:
     places: tuple[tuple[int, tuple[int, ...]], ...]
     norm: str | None = None
     informed: bool = True
+    downward: bool = False
     scale: Tensor | None = None
 
     @property
@@ -107,14 +109,16 @@ def find_layers(model: nn.Module, calls: Sequence[Call], forms: Mapping[str, For
         assert not isinstance(kind, str)
         geometry, weight = kind
         # what a layer sees upward says nothing of what its transpose sees: the weight itself counts for both
-        informed = geometry.matrix[2] <= MAX_PATCH and path not in trace.downward
+        downward = path in trace.downward
+        informed = geometry.matrix[2] <= MAX_PATCH and not downward
         spec = describe(module)
         assert spec is not None
         added = (module[-1] if isinstance(module, Chain) else module)._parameters.get("bias")
         bias = None if added is None else added.detach()
         norm = trace.norm(path)
         scale = None if norm is None else _scale(model.get_submodule(norm))
-        found.append(Layer(path, geometry, weight, bias, spec, tuple(trace.places[path]), norm, informed, scale))
+        places = tuple(trace.places[path])
+        found.append(Layer(path, geometry, weight, bias, spec, places, norm, informed, downward, scale))
     return Layers(tuple(found), left, tuple(trace.hits))
 
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.tied import TiedConv2d
-from lightning_compress.zoo.feedforward.parts import scaled
-from lightning_compress.zoo.representations import LinearProbe, Representation, check_sides
+from lightning_compress.zoo.representations import LinearProbe, Representation, code_widths
 
 __all__ = ["ConvolutionalDBN", "ConvolutionalRBM", "StackedConvAutoencoder", "TiedAutoencoder"]
 
@@ -100,11 +99,8 @@ class StackedConvAutoencoder(nn.Module):
         probe: bool = True,
     ) -> None:
         super().__init__()
-        if not codes:
-            raise ValueError("`codes` must name the channels of one layer at least")
-        check_sides(image_size, len(codes))
+        wide = [in_channels, *code_widths(codes, width, image_size, len(codes))]
         self.greedy = greedy
-        wide = [in_channels, *(scaled(channels, width) for channels in codes)]
         self.layers = nn.ModuleList(TiedAutoencoder(below, above, kernel) for below, above in pairwise(wide))
         self.probe = LinearProbe(wide[-1], image_size // 2 ** len(codes), num_classes, detached=probe)
 
@@ -278,16 +274,12 @@ class ConvolutionalDBN(nn.Module):
         probe: bool = True,
     ) -> None:
         super().__init__()
-        if not codes:
-            raise ValueError("`codes` must name the channels of one layer at least")
-        check_sides(image_size, len(codes))
-        layers: list[ConvolutionalRBM] = []
-        below = in_channels
-        for above in (scaled(channels, width) for channels in codes):
-            layers.append(ConvolutionalRBM(below, above, kernel, not layers, sparsity, sampling))
-            below = above
-        self.layers = nn.ModuleList(layers)
-        self.probe = LinearProbe(below, image_size // 2 ** len(codes), num_classes, detached=probe)
+        wide = [in_channels, *code_widths(codes, width, image_size, len(codes))]
+        self.layers = nn.ModuleList(
+            ConvolutionalRBM(below, above, kernel, number == 0, sparsity, sampling)
+            for number, (below, above) in enumerate(pairwise(wide))
+        )
+        self.probe = LinearProbe(wide[-1], image_size // 2 ** len(codes), num_classes, detached=probe)
 
     def forward(self, x: Tensor) -> Representation:
         """Of images [N, in_channels, H, W]."""

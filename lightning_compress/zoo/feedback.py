@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress.tied import TiedConv2d
 from lightning_compress.zoo.feedforward.parts import scaled
-from lightning_compress.zoo.representations import LinearProbe, Representation, check_sides
+from lightning_compress.zoo.representations import LinearProbe, Representation, code_widths
 
 __all__ = ["DeconvolutionalNetwork", "HierarchicalSparseCoding", "SparseCoding"]
 
@@ -132,17 +133,13 @@ class DeconvolutionalNetwork(nn.Module):
         probe: bool = True,
     ) -> None:
         super().__init__()
-        if not codes:
-            raise ValueError("`codes` must name the channels of one layer at least")
-        check_sides(image_size, len(codes) - 1)
+        halvings = len(codes) - 1
+        wide = [in_channels, *code_widths(codes, width, image_size, halvings)]
         self.greedy = greedy
-        layers, channels = [], in_channels
-        for wide in (scaled(wide, width) for wide in codes):
-            layers.append(SparseCoding(channels, wide, kernel, iterations, penalty))
-            channels = wide
-        self.layers = nn.ModuleList(layers)
-        side = image_size // 2 ** (len(codes) - 1)
-        self.probe = LinearProbe(channels, side, num_classes, detached=probe, pooled=True)
+        self.layers = nn.ModuleList(
+            SparseCoding(below, above, kernel, iterations, penalty) for below, above in pairwise(wide)
+        )
+        self.probe = LinearProbe(wide[-1], image_size // 2**halvings, num_classes, detached=probe, pooled=True)
 
     def forward(self, x: Tensor) -> Representation:
         """Of images [N, in_channels, H, W]."""

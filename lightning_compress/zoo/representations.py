@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LinearProbe", "Representation", "check_sides"]
+from lightning_compress.zoo.feedforward.parts import scaled
+
+__all__ = ["LinearProbe", "Representation", "code_widths"]
 
 
 class Representation(NamedTuple):
@@ -64,17 +67,26 @@ class LinearProbe(nn.Module):
         return logits
 
 
-def check_sides(image_size: int, layers: int) -> None:
-    """Raise unless images can be halved in each layer.
+def code_widths(codes: Sequence[int], width: float, image_size: int, halvings: int) -> list[int]:
+    """The channels of a stack of layers, for images that can be halved as often as it does.
 
     Args:
+        codes: channels of each layer.
+        width: factor on them.
         image_size: height and width of the images, in pixels.
-        layers: how often.
+        halvings: how often they are halved.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: no layers, or images that cannot be halved so often.
+
+    Example:
+        >>> code_widths((32, 64), 0.5, image_size=28, halvings=2)
+        [16, 32]
     """
-    if image_size % 2**layers or image_size < 2**layers:
+    if not codes:
+        raise ValueError("`codes` must name the channels of one layer at least")
+    if image_size % 2**halvings or image_size < 2**halvings:
         raise ValueError(
-            f"`image_size` must be a multiple of {2**layers}, since each of {layers} layers halves it, got {image_size}"
+            f"`image_size` must be a multiple of {2**halvings}, since it is halved {halvings} times, got {image_size}"
         )
+    return [scaled(channels, width) for channels in codes]

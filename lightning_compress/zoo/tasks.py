@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -62,10 +63,14 @@ class ImageClassifier(L.LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, C, H, W]."""
+        """Logits [N, num_classes] of images [N, C, H, W].
+
+        Raises:
+            MisconfigurationException: the network gives something else.
+        """
         logits: Tensor = self.net(x)
         if not isinstance(logits, Tensor):
-            raise TypeError(
+            raise MisconfigurationException(
                 f"{type(self.net).__name__} gives a {type(logits).__name__}, and no tensor of logits; networks that "
                 "give a Representation are trained by ImageReconstruction or ContrastiveDivergence (their arch chooses "
                 "the task, if none is named)"

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -233,11 +234,11 @@ def represent(net: nn.Module, images: Tensor) -> Representation:
     """What a network gives, a deployed one too, which has no names for its outputs.
 
     Raises:
-        TypeError: it gives something else.
+        MisconfigurationException: it gives something else.
     """
     found = net(images)
     if not isinstance(found, tuple) or len(found) != len(Representation._fields):
-        raise TypeError(
+        raise MisconfigurationException(
             f"{type(net).__name__} gives a {type(found).__name__}, and no Representation ("
             f"{', '.join(Representation._fields)}); networks that give logits are trained by ImageClassifier "
             "(task=classification)"

@@ -9,22 +9,33 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import nn
 
 from lightning_compress import Budget, ChannelPruning, FilterPictures, LowRankFactorization
-from lightning_compress.callbacks.pictures import filters_of, tile
 from lightning_compress.layers import Chain, Concat
+from lightning_compress.pictures import filters_of, tile
 from lightning_compress.zoo import Digits, ImageClassifier, ImageReconstruction, LeNet5, StackedConvAutoencoder
 
 
-def fit(module: L.LightningModule, *callbacks: L.Callback, logger: Any = False) -> L.LightningModule:
+def fit(
+    module: L.LightningModule, *callbacks: L.Callback, logger: Any = False, epochs: int = 2, **how: Any
+) -> L.LightningModule:
     L.seed_everything(0, verbose=False)
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    L.Trainer(max_epochs=2, accelerator="cpu", logger=logger, callbacks=list(callbacks), **quiet).fit(
-        module, Digits(limit_train=128)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=list(callbacks),
+        enable_checkpointing=saves,
+        **quiet,
     )
+    trainer.fit(module, Digits(limit_train=128), **how)
     return module
 
 
@@ -112,6 +123,30 @@ def test_pruned_filters_are_drawn_too() -> None:
     assert sheet.shape == (3, 3 * 3 - 1, 2 * 3 - 1)
     assert sheet.min() >= 0
     assert sheet.max() <= 1
+
+
+def test_a_resumed_run_draws_the_same(tmp_path: Path) -> None:
+    """It finds a network that is cut already, and remembers what it was."""
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = [ChannelPruning(Budget(macs=0.5), **PRUNING), FilterPictures(tmp_path / "a")]  # type: ignore[arg-type]
+    fit(autoencoder(), *callbacks, saving, epochs=3)
+    callbacks = [ChannelPruning(Budget(macs=0.5), **PRUNING), FilterPictures(tmp_path / "b")]  # type: ignore[arg-type]
+    fit(autoencoder(), *callbacks, epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    for name in ("filters.png", "reconstructions.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_network_that_is_not_called_with_images_is_refused_before_training(tmp_path: Path) -> None:
+    class Flat(ImageClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            """None."""
+
+    with pytest.raises(MisconfigurationException, match=r"with a batch of images .*pictures=null"):
+        fit(Flat(nn.Linear(64, 10), 10), FilterPictures(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_misuse_is_named() -> None:

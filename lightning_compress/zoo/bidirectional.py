@@ -150,7 +150,7 @@ class ConvolutionalRBM(nn.Module):
 
     Example:
         >>> layer, x = ConvolutionalRBM(1, 16), torch.rand(2, 1, 8, 8)
-        >>> layer(x).shape, layer.free_energy(x).shape
+        >>> layer(x).shape, layer.free_energy(x, layer.drive(x)).shape
         (torch.Size([2, 16, 4, 4]), torch.Size([2]))
     """
 
@@ -176,16 +176,28 @@ class ConvolutionalRBM(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Probabilities of the pooled units, [N, codes, H / 2, W / 2], given visible units [N, in_channels, H, W]."""
-        peak, total = _partition(self._drive(v))
+        return self.pooled(self.drive(v))
+
+    def drive(self, v: Tensor) -> Tensor:
+        """What visible units give each hidden one, [N, codes, H, W]: the log odds against an empty block."""
+        drive: Tensor = self.filters(v) + self.hidden_bias
+        return drive
+
+    @staticmethod
+    def pooled(drive: Tensor) -> Tensor:
+        """Probabilities of the pooled units."""
+        peak, total = _partition(drive)
         return 1 - (-peak).exp() / total
 
-    def hidden(self, v: Tensor) -> Tensor:
-        """Probabilities of the hidden units, [N, codes, H, W]."""
-        return _probabilities(self._drive(v))
+    @staticmethod
+    def hidden(drive: Tensor) -> Tensor:
+        """Probabilities of the hidden units."""
+        peak, total = _partition(drive)
+        return (drive - _spread(peak)).exp() / _spread(total)
 
-    def shares(self, v: Tensor) -> Tensor:
-        """Probabilities of the hidden units if one of their block is on, [N, codes, H, W]."""
-        drive = self._drive(v)
+    @staticmethod
+    def shares(drive: Tensor) -> Tensor:
+        """Probabilities of the hidden units if one of their block is on."""
         weight = (drive - _spread(F.max_pool2d(drive, 2))).exp()
         return weight / _spread(4 * F.avg_pool2d(weight, 2))
 
@@ -194,34 +206,31 @@ class ConvolutionalRBM(nn.Module):
         mean: Tensor = self.filters(h, transposed=True) + self.visible_bias
         return mean if self.gaussian else mean.sigmoid()
 
-    def free_energy(self, v: Tensor) -> Tensor:
-        """Of visible units, with the hidden ones summed out: [N]."""
-        peak, total = _partition(self._drive(v))
+    def free_energy(self, v: Tensor, drive: Tensor) -> Tensor:
+        """Of visible units and their drive, with the hidden ones summed out: [N]."""
+        peak, total = _partition(drive)
         if self.gaussian:
             own = 0.5 * (v - self.visible_bias).square().sum((1, 2, 3))
         else:
             own = -(v * self.visible_bias).sum((1, 2, 3))
         return own - (peak + total.log()).sum((1, 2, 3))
 
-    def loss(self, v: Tensor) -> Tensor:
+    def loss(self, v: Tensor, drive: Tensor) -> Tensor:
         """Free energy of data over that of what one step of Gibbs sampling makes of it, per pixel: [N].
 
         Its gradient is the update of contrastive divergence (Hinton 2002): nothing flows through the sample. To it is
         added how far the mean activity of each channel is from `sparsity`, squared.
-        """
-        with torch.no_grad():
-            drive = self._drive(v)
-            h = _probabilities(drive)
-            if self.training and self.sampling:
-                h = self._sample(drive)
-            fantasy = self.visible(h)
-        rate = self.hidden(v.detach()).mean((2, 3))
-        gap = (self.free_energy(v) - self.free_energy(fantasy)) / (v.shape[2] * v.shape[3])
-        return gap + (rate - self.sparsity).square().sum(1)
 
-    def _drive(self, v: Tensor) -> Tensor:
-        drive: Tensor = self.filters(v) + self.hidden_bias
-        return drive
+        Args:
+            v: visible units.
+            drive: theirs.
+        """
+        probabilities = self.hidden(drive)
+        with torch.no_grad():
+            h = self._sample(drive) if self.training and self.sampling else probabilities
+            fantasy = self.visible(h)
+        gap = self.free_energy(v, drive) - self.free_energy(fantasy, self.drive(fantasy))
+        return gap / (v.shape[2] * v.shape[3]) + (probabilities.mean((2, 3)) - self.sparsity).square().sum(1)
 
     @staticmethod
     def _sample(drive: Tensor) -> Tensor:
@@ -238,7 +247,7 @@ class ConvolutionalDBN(nn.Module):
 
     Lee et al. 2009. Each layer's visible units are the pooled units of the one below; on the way down a pooled unit
     turns on the hidden units of its block in the shares that the way up gave them. Trained by contrastive divergence,
-    layer by layer or all at once.
+    all layers at the same time, each on what the one below gives it.
 
     Args:
         in_channels: channels of the images.
@@ -286,9 +295,13 @@ class ConvolutionalDBN(nn.Module):
         losses, shares = [], []
         code = x
         for layer in self._layers():
-            losses.append(layer.loss(code.detach()))
-            shares.append(layer.shares(code))
-            code = layer(code)
+            below = code.detach()
+            drive = layer.drive(below)
+            losses.append(layer.loss(below, drive))
+            if not self.probe.detached:  # the classifier's loss goes all the way down, the layers' own does not
+                drive = layer.drive(code)
+            shares.append(layer.shares(drive))
+            code = layer.pooled(drive)
         image = code
         for layer, share in zip(reversed(self._layers()), reversed(shares), strict=True):
             image = layer.visible(_spread(image) * share)
@@ -308,12 +321,6 @@ def _partition(drive: Tensor) -> tuple[Tensor, Tensor]:
     """Of each 2 x 2 block: m and s so that log(1 + the sum of exp(drive)) = m + log s, without overflow."""
     peak = F.max_pool2d(drive, 2).clamp_min(0.0)
     return peak, 4 * F.avg_pool2d((drive - _spread(peak)).exp(), 2) + (-peak).exp()
-
-
-def _probabilities(drive: Tensor) -> Tensor:
-    """Of hidden units."""
-    peak, total = _partition(drive)
-    return (drive - _spread(peak)).exp() / _spread(total)
 
 
 def _spread(blocks: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ class TestRestrictedBoltzmannMachine:
         machine = self.machine(gaussian)
         v = torch.rand(1, 1, 2, 2, dtype=torch.float64)
         total, on = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 2, 2, 2, dtype=torch.float64)
-        drive = machine.filters(v) + machine.hidden_bias
+        drive = machine.drive(v)
+        assert torch.equal(drive, machine.filters(v) + machine.hidden_bias)
         for states in itertools.product(range(5), repeat=2):
             h = torch.zeros(1, 2, 4, dtype=torch.float64)
             for channel, state in enumerate(states):
@@ -194,32 +195,35 @@ class TestRestrictedBoltzmannMachine:
             total += weight
             on += weight * h
         own = 0.5 * (v - machine.visible_bias).square().sum() if gaussian else -(v * machine.visible_bias).sum()
-        assert torch.allclose(machine.free_energy(v), own - total.log())
-        assert torch.allclose(machine.hidden(v), on / total)
-        assert torch.allclose(machine(v), machine.hidden(v).sum((2, 3), keepdim=True))
-        assert torch.allclose(machine.shares(v).sum((2, 3)), torch.ones(1, 2, dtype=torch.float64))
+        assert torch.allclose(machine.free_energy(v, drive), own - total.log())
+        assert torch.allclose(machine.hidden(drive), on / total)
+        assert torch.allclose(machine(v), machine.hidden(drive).sum((2, 3), keepdim=True))
+        assert torch.allclose(machine.shares(drive).sum((2, 3)), torch.ones(1, 2, dtype=torch.float64))
 
     def test_samples_follow_the_probabilities(self) -> None:
         machine = self.machine(True)
         v = torch.rand(1, 1, 4, 4, dtype=torch.float64)
-        drive = (machine.filters(v) + machine.hidden_bias).expand(20000, -1, -1, -1)
+        drive = machine.drive(v).expand(20000, -1, -1, -1)
         sample = machine._sample(drive)
         assert ((sample == 0) | (sample == 1)).all()
         assert nn.functional.avg_pool2d(sample, 2).max() <= 0.25
-        assert torch.allclose(sample.mean(0, keepdim=True), machine.hidden(v), atol=0.02)
+        assert torch.allclose(sample.mean(0, keepdim=True), machine.hidden(machine.drive(v)), atol=0.02)
 
     def test_the_gradient_is_that_of_contrastive_divergence(self) -> None:
         """Correlations under the data, minus those under what is made of them; here by their definition."""
         machine = ConvolutionalRBM(1, 3, sampling=False, sparsity=0.5).double()
         v = torch.randn(1, 1, 6, 6, dtype=torch.float64)
-        gap = (machine.free_energy(v) - machine.free_energy(machine.visible(machine.hidden(v)).detach())).sum()
-        [gradient] = torch.autograd.grad(gap, machine.filters.weight)
-        fantasy = machine.visible(machine.hidden(v)).detach()
+        [gradient] = torch.autograd.grad(36 * machine.loss(v, machine.drive(v)).sum(), machine.filters.weight)
+        drive = machine.drive(v)
+        activity = machine.hidden(drive).mean((2, 3)) - machine.sparsity
+        [sparse] = torch.autograd.grad(36 * activity.square().sum(), machine.filters.weight)
+        gradient = gradient - sparse  # per pixel, and without what makes units sparse
+        fantasy = machine.visible(machine.hidden(drive)).detach()
         for channel, i, j in itertools.product(range(3), range(3), range(3)):
             expected = 0.0
             for sign, visible in ((-1.0, v), (1.0, fantasy)):
                 shifted = nn.functional.pad(visible, (1, 1, 1, 1))[..., i : i + 6, j : j + 6]
-                expected += sign * float((machine.hidden(visible)[:, channel] * shifted[:, 0]).sum())
+                expected += sign * float((machine.hidden(machine.drive(visible))[:, channel] * shifted[:, 0]).sum())
             assert float(gradient[channel, 0, i, j]) == pytest.approx(expected)
 
     @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -233,11 +237,11 @@ class TestRestrictedBoltzmannMachine:
         optimizer = torch.optim.SGD(machine.parameters(), 0.05, momentum=0.9)
 
         def error() -> float:
-            return float((machine.visible(machine.hidden(images)) - images).square().mean())
+            return float((machine.visible(machine.hidden(machine.drive(images))) - images).square().mean())
 
         def gap() -> float:
             machine.eval()
-            found = float(machine.loss(images).mean().abs())
+            found = float(machine.loss(images, machine.drive(images)).mean().abs())
             machine.train()
             return found
 
@@ -245,7 +249,7 @@ class TestRestrictedBoltzmannMachine:
             first = error(), gap()
         for _ in range(60):
             optimizer.zero_grad()
-            (sign * machine.loss(images).mean()).backward()
+            (sign * machine.loss(images, machine.drive(images)).mean()).backward()
             optimizer.step()
         with torch.no_grad():
             last = error(), gap()

@@ -48,9 +48,9 @@ class TiedAutoencoder(nn.Module):
         """The code [N, codes, H / 2, W / 2] of an input [N, in_channels, H, W]."""
         return F.max_pool2d(F.relu(self.filters(x) + self.up_bias), 2)
 
-    def loss(self, x: Tensor, code: Tensor) -> Tensor:
-        """Mean squared error of what a code of x stands for: [N]."""
-        squares: Tensor = (self.decode(code) - x).square().sum((1, 2, 3))
+    def loss(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """Mean squared error of what was decoded for x: [N]."""
+        squares: Tensor = (decoded - x).square().sum((1, 2, 3))
         return squares / (self.channels * x.shape[2] * x.shape[3])
 
     def decode(self, code: Tensor) -> Tensor:
@@ -107,13 +107,13 @@ class StackedConvAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Representation:
         """Of images [N, in_channels, H, W]."""
         losses = []
-        code = x
+        code = image = x
         for layer in self._layers():
             below = code.detach()
             code = layer(below if self.greedy else code)
-            losses.append(layer.loss(below, code))
-        image = code
-        for layer in reversed(self._layers()):
+            image = layer.decode(code)
+            losses.append(layer.loss(below, image))
+        for layer in reversed(self._layers()[:-1]):  # from the top, which is decoded
             image = layer.decode(image)
         image = image.detach() if self.greedy else image
         active = code.gt(0).to(code.dtype).sum((1, 2, 3))

@@ -75,16 +75,21 @@ class SparseCoding(nn.Module):
         code = ahead = F.relu(steps[0] * (self.filters(x) - self.threshold))  # the first step starts from zero
         inertia = 1.0
         for step in steps[1:]:
-            error = x - self.filters(ahead, transposed=True)
+            error = x - self.predict(ahead)
             new = F.relu(ahead + step * (self.filters(error) - self.threshold))
             following = (1 + math.sqrt(1 + 4 * inertia**2)) / 2
             ahead = new + (inertia - 1) / following * (new - code) if self.accelerated else new
             code, inertia = new, following
         return code
 
-    def loss(self, x: Tensor, code: Tensor) -> Tensor:
-        """What inference makes small, per pixel of the input: [N]."""
-        error = x - self.filters(code, transposed=True)
+    def predict(self, code: Tensor) -> Tensor:
+        """The input that a code stands for, [N, in_channels, H, W]."""
+        predicted: Tensor = self.filters(code, transposed=True)
+        return predicted
+
+    def loss(self, x: Tensor, code: Tensor, predicted: Tensor) -> Tensor:
+        """What inference makes small, of an input, its code and what that predicts; per pixel of the input: [N]."""
+        error = x - predicted
         energy: Tensor = 0.5 * error.square().sum((1, 2, 3)) + self.penalty * code.abs().sum((1, 2, 3))
         return energy / (x.shape[2] * x.shape[3])
 
@@ -144,19 +149,17 @@ class DeconvolutionalNetwork(nn.Module):
     def forward(self, x: Tensor) -> Representation:
         """Of images [N, in_channels, H, W]."""
         losses, switches, sizes = [], [], []
-        code = x
+        code = image = x
         for number, layer in enumerate(self._layers()):
             if number:
                 sizes.append(code.shape[2:])
                 code, where = F.max_pool2d(code, 2, return_indices=True)
                 switches.append(where)
             below, code = code.detach(), layer(code.detach() if self.greedy else code)
-            losses.append(layer.loss(below, code))
-        image = code
-        for layer in reversed(self._layers()):
-            image = layer.filters(image, transposed=True)
-            if switches:
-                image = F.max_unpool2d(image, switches.pop(), [2, 2], output_size=sizes.pop())
+            image = layer.predict(code)
+            losses.append(layer.loss(below, code, image))
+        for layer in reversed(self._layers()[:-1]):  # from the input of the top layer, which is predicted
+            image = layer.predict(F.max_unpool2d(image, switches.pop(), [2, 2], output_size=sizes.pop()))
         image = image.detach() if self.greedy else image
         active = code.gt(0).to(code.dtype).sum((1, 2, 3))
         return Representation(self.probe(code), image, torch.stack(losses, 1), active)

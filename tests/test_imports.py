@@ -54,5 +54,6 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_every_package_ships() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {".".join(init.parent.relative_to(ROOT).parts) for init in ROOT.glob("lightning_compress/**/__init__.py")}
-    assert set(packages) == there | {"lightning_compress.conf"}
+    plugins = {f"hydra_plugins.{init.parent.name}" for init in ROOT.glob("hydra_plugins/*/__init__.py")}
+    assert set(packages) == there | plugins | {"lightning_compress.conf"}
     assert not [file for file in ROOT.glob("lightning_compress/*/*.py") if not (file.parent / "__init__.py").is_file()]

@@ -22,7 +22,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomic
 
-__all__ = ["Job", "Metrics", "alone", "config_digest", "folder_name", "read_results", "write_json"]
+__all__ = [
+    "JOB",
+    "RESULTS",
+    "Job",
+    "Metrics",
+    "alone",
+    "config_digest",
+    "fail",
+    "folder_name",
+    "read_json",
+    "write_json",
+]
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +50,7 @@ _INDIFFERENT = (
     "trainer.log_every_n_steps",
 )
 RESULTS = "results.json"
+JOB = "job.json"
 _LONGEST = 120  # file systems stop at 255 bytes; checkpoints and W&B names want room
 
 
@@ -122,33 +134,67 @@ class Job:
         """Where the newest state of the training is, until the job is finished."""
         return self.folder / "checkpoints"
 
-    def finished(self) -> Metrics | None:
-        """What the job came to, if it ran to its end with this very configuration."""
-        results = read_results(self.folder)
-        return results["metrics"] if results.get("config_digest") == self.digest else None
+    def finished(self) -> dict[str, Any] | None:
+        """The results, if the job ran to its end with this very configuration."""
+        results = read_json(self.folder / RESULTS)
+        return results if results.get("config_digest") == self.digest else None
 
-    def begin(self) -> Path | None:
+    def begin(self, about: Mapping[str, Any] | None = None) -> Path | None:
         """Make the folder ready.
+
+        Args:
+            about: what the job is called and how it is run, for those who read the folder later.
 
         Returns:
             The checkpoint to go on from; None for a start from the beginning. What another configuration left in
             the folder is removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = self.folder / "job.json"
-        if _read_json(begun).get("config_digest") != self.digest:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for stale in (self.artifact, self.folder / RESULTS):
-                stale.unlink(missing_ok=True)
-            write_json(begun, {"config_digest": self.digest})
+        if read_json(self.folder / JOB).get("config_digest") != self.digest:
+            for stale in (self.checkpoints, self.folder / "metrics", self.folder / "pictures"):
+                shutil.rmtree(stale, ignore_errors=True)
+            for file in (self.artifact, self.folder / RESULTS):
+                file.unlink(missing_ok=True)
+        self._tell("running", None, about)
         last = self.checkpoints / "last.ckpt"
         return last if last.is_file() else None
 
-    def finish(self, config: DictConfig, metrics: Metrics) -> None:
-        """Add metrics and configuration to the report's results; from here on the job counts as finished."""
-        added = {"metrics": metrics, "config": _plain(config), "config_digest": self.digest}
-        write_json(self.folder / RESULTS, {**read_results(self.folder), **added})
+    def finish(
+        self,
+        config: DictConfig,
+        metrics: Metrics,
+        figures: Mapping[str, float] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add what a job came to to the report's results; from here on it counts as finished.
+
+        Args:
+            config: the job's configuration.
+            metrics: of the dense network and of the final one.
+            figures: what the report measured, under flat names.
+            about: as for `begin`.
+        """
+        results = read_json(self.folder / RESULTS)
+        added = {"metrics": metrics, "figures": dict(figures or {}), "config": _plain(config)}
+        write_json(self.folder / RESULTS, {**results, **added, "job": about, "config_digest": self.digest})
+        self._tell("finished", None, about)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # a finished job resumes nothing
+
+    def _tell(self, status: str, error: str | None, about: Mapping[str, Any] | None) -> None:
+        own = {"config_digest": self.digest, "status": status, "error": error, "job": about}
+        write_json(self.folder / JOB, own)
+
+
+def fail(folder: Path, error: str, about: Mapping[str, Any]) -> None:
+    """Say in a job's folder that it failed, and of what; what it can go on from stays.
+
+    Args:
+        folder: the job's.
+        error: what was said.
+        about: as for `Job.begin`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / JOB, {**read_json(folder / JOB), "status": "failed", "error": error, "job": about})
 
 
 @contextmanager
@@ -177,16 +223,12 @@ def alone(path: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """What the report, and a finished job, have written in `folder`; empty if nothing yet."""
-    return _read_json(folder / RESULTS)
-
-
 def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty if there is none."""
     data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return data
 

@@ -1,133 +1,173 @@
-"""What a sweep ends with: one table of all its jobs, failed ones included."""
+"""The life of a sweep: who is at work, how far it is, and what it ends with."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import time
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from filelock import FileLock, Timeout
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from lightning_compress.app.jobs import read_results, write_json
+from lightning_compress.app.about import describe
+from lightning_compress.app.jobs import fail, write_json
+from lightning_compress.app.progress import Progress
+from lightning_compress.app.table import SweepJob, sweep_rows, sweep_table
 
-__all__ = ["SweepJob", "SweepTable", "sweep_table"]
-
-
-class SweepJob(NamedTuple):
-    """One job of a sweep, as its table needs it.
-
-    Attributes:
-        name: its overrides.
-        folder: where it wrote.
-        error: the first line of what went wrong; None if nothing did.
-    """
-
-    name: str
-    folder: Path
-    error: str | None
+__all__ = ["Sweep", "count_jobs"]
 
 
-class SweepTable(Callback):
-    """A Hydra callback that prints the table of a sweep.
+class Sweep(Callback):
+    """A Hydra callback that shows how far a sweep is, and ends it with a table and a dashboard.
 
-    Hydra tells `on_multirun_end` nothing of the jobs, which may have run in other processes. So each job leaves a
-    note under a name that all jobs of one sweep share, and the sweep's own process gathers them.
+    Hydra tells `on_multirun_end` nothing of the jobs, which may have run in other processes. So each job leaves notes
+    under a name that all jobs of one sweep share, and the sweep's own process gathers them.
 
     Args:
-        sweep: a name resolved once for the whole sweep, e.g. `${now:...}`.
+        name: resolved once for the whole sweep, e.g. `${now:...}`.
+        dashboard: whether to write one.
     """
 
-    _pending: ClassVar[tuple[Path, Path] | None] = None
+    _pending: ClassVar[_Pending | None] = None
 
-    def __init__(self, sweep: str) -> None:
-        self.sweep = sweep
+    def __init__(self, name: str, dashboard: bool = True) -> None:
+        self.name, self.dashboard = name, dashboard
+        self._began = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """Remember that a table is due."""
-        SweepTable._pending = (self._notes(config), Path(config.hydra.sweep.dir))
+        """Show from now on how far the sweep is."""
+        folder = Path(config.hydra.sweep.dir)
+        _remove_notes_of_the_dead(folder)
+        Sweep._pending = _Pending(self.name, self._notes(config), config, self.dashboard)
+
+    def on_job_start(self, config: DictConfig, **kwargs: object) -> None:
+        """Leave a note that a sweep's job has begun."""
+        self._began = time.time()
+        number = config.hydra.job.get("num")  # a single run has none
+        if number is not None:
+            self._notes(config).mkdir(parents=True, exist_ok=True)
+            write_json(self._notes(config) / f"{number:06d}.begun.json", {"at": self._began})
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: object) -> None:
-        """Leave a note of a sweep's job: what it is called, where it is, and what went wrong."""
-        number = config.hydra.job.get("num")  # a single run has none
-        if number is None:
-            return
-        error = str(job_return._return_value).partition("\n")[0] if job_return.status is JobStatus.FAILED else None
-        job = SweepJob(config.hydra.job.override_dirname, Path(config.hydra.runtime.output_dir), error)
-        notes = self._notes(config)
-        notes.mkdir(parents=True, exist_ok=True)
-        write_json(notes / f"{number:06d}.json", {**job._asdict(), "folder": str(job.folder)})
+        """Say in a job's folder what went wrong; leave a note of a sweep's job: its name, place and time."""
+        error, folder = None, Path(config.hydra.runtime.output_dir)
+        if job_return.status is JobStatus.FAILED:
+            error = _said(job_return._return_value)
+            fail(folder, error, describe(config.hydra))
+        number = config.hydra.job.get("num")
+        if number is not None:
+            job = SweepJob(config.hydra.job.override_dirname, folder, error and error.partition("\n")[0])
+            note = {**job._asdict(), "folder": str(folder), "seconds": time.time() - self._began}
+            write_json(self._notes(config) / f"{number:06d}.json", note)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Print the table."""
-        self.show_pending()
+        self.end_pending()
 
     @classmethod
-    def show_pending(cls) -> None:
-        """Print the table of the sweep that this process ran, unless that was done."""
-        if SweepTable._pending is None:
-            return
-        (notes, folder), SweepTable._pending = SweepTable._pending, None
-        read = [json.loads(note.read_text()) for note in sorted(notes.glob("*.json"))]
-        shutil.rmtree(notes, ignore_errors=True)
+    def end_pending(cls) -> None:
+        """Print the table of the sweep that this process ran and write its dashboard, unless that was done."""
+        pending, Sweep._pending = Sweep._pending, None
+        if pending is not None:
+            pending.end()
+
+    def _notes(self, config: DictConfig) -> Path:
+        return Path(config.hydra.sweep.dir) / f"{NOTES}{self.name}"
+
+
+def _said(raised: BaseException) -> str:
+    """What an exception says, and its cause if that says more."""
+    said, cause = str(raised) or type(raised).__name__, str(raised.__cause__ or "")
+    return said if not cause or cause in said else f"{said}\n{cause}"
+
+
+NOTES = ".sweep-"
+
+
+class _Pending:
+    """A sweep of this process. While it lives it holds a lock, by which others see that its notes are needed."""
+
+    def __init__(self, name: str, notes: Path, config: DictConfig, dashboard: bool) -> None:
+        self.name, self.notes, self.dashboard = name, notes, dashboard
+        self.folder = Path(config.hydra.sweep.dir)
+        self.board = (config.get("logger") or {}).get("wandb")
+        notes.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(notes / "lock")
+        self.lock.acquire()
+        self.progress = Progress(notes, count_jobs(config))
+        self.progress.start()
+
+    def end(self) -> None:
+        self.progress.stop()
+        read = [json.loads(note.read_text()) for note in sorted(self.notes.glob("??????.json"))]
+        jobs = [SweepJob(job["name"], Path(job["folder"]), job["error"]) for job in read]
+        self.lock.release()
+        shutil.rmtree(self.notes, ignore_errors=True)
         console = Console()
         if not console.is_terminal:  # a log file wraps nothing
             console = Console(width=160)
-        console.print(sweep_table([SweepJob(job["name"], Path(job["folder"]), job["error"]) for job in read]))
-        console.print(f"Results: {folder.resolve()}", soft_wrap=True, highlight=False)
+        console.print(sweep_table(jobs))
+        console.print(f"Results: {self.folder.resolve()}", soft_wrap=True, highlight=False)
+        if self.dashboard and jobs:
+            console.print(_write_dashboard(self.folder), soft_wrap=True, highlight=False)
+        if self.board and jobs:
+            from lightning_compress.app.wandb_sweep import log_sweep
 
-    def _notes(self, config: DictConfig) -> Path:
-        return Path(config.hydra.sweep.dir) / f".sweep-{self.sweep}"
+            board, group = self.board, self.board.group or self.name
+            own = {"entity": board.entity, "offline": board.offline, "save_dir": self.folder}
+            log_sweep(group, sweep_rows(jobs), board.project, **own)
 
 
-def sweep_table(jobs: Sequence[SweepJob]) -> Table:
-    """The jobs of a sweep side by side, each as what it was when dense → what it is now.
+def _write_dashboard(folder: Path) -> str:
+    try:
+        from lightning_compress.app.dashboard import write_dashboard
+
+        return f"Dashboard: {write_dashboard(folder).resolve()}"
+    except ModuleNotFoundError as error:
+        return f'Dashboard: needs {error.name}, pip install "lightning-compress[dashboard]"'
+
+
+def _remove_notes_of_the_dead(folder: Path) -> None:
+    """A sweep that was killed leaves notes, and no lock."""
+    for notes in folder.glob(f"{NOTES}*"):
+        try:
+            with FileLock(notes / "lock", timeout=0):
+                shutil.rmtree(notes, ignore_errors=True)
+        except Timeout:
+            continue  # another sweep, at work in the same folder
+
+
+def count_jobs(config: DictConfig) -> int | None:
+    """How many jobs a sweep will have, from its configuration; None: its sweeper knows.
 
     Args:
-        jobs: in the order of the rows; what their names have in common is left out.
-
-    Returns:
-        A rich table; its caption says what went wrong where something did.
+        config: what Hydra composes for a sweep, with its own node.
     """
-    table = Table(title="dense → now", title_justify="left")
-    table.add_column("job", overflow="fold")
-    for column in ("test/acc", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 32"):
-        table.add_column(column, justify="right", no_wrap=True)
-    common = set.intersection(*(set(job.name.split(",")) for job in jobs)) if len(jobs) > 1 else set()
-    failures = []
-    for job in jobs:
-        name = ", ".join(part for part in job.name.split(",") if part not in common) or job.name or "default"
-        if job.error is None:
-            table.add_row(name, *_cells(read_results(job.folder)))
-        else:
-            table.add_row(name, "[red]failed[/]")
-            failures.append(f"{name}: {job.error}")
-    if failures:
-        table.caption, table.caption_justify = escape("\n".join(failures)), "left"
-    return table
-
-
-def _cells(results: Mapping[str, Any]) -> list[str]:
-    from lightning_compress.results import Results  # brings torch, which a help text does not need
-
-    metrics = results["metrics"]
-    figures = Results.from_json(results).figures()
-    accuracies = (metrics[side].get("test/acc") for side in ("dense", "final"))
-    cells = [" → ".join(f"{value:.4f}" for value in accuracies if value is not None)]
-    for name in ("params", "macs", "bytes", "latency_b1", "latency_b32"):
-        both = (figures.get(f"{side}/{name}") for side in ("dense", "compressed"))  # one of them, if nothing was cut
-        cells.append(" → ".join(_short(value) for value in both if value is not None))
-    return cells
-
-
-def _short(value: float) -> str:
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
+    sweeper = config.hydra.sweeper
+    trials = sweeper.get("n_trials")
+    if trials is not None:
+        return int(trials)
+    params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({}), resolve=True)
+    hydra = GlobalHydra.instance().hydra
+    if hydra is None:
+        return None
+    texts = [f"{name}={value}" for name, value in params.items()] + list(config.hydra.overrides.task)
+    values: dict[str, int] = {}
+    try:
+        for override in OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts):
+            sweeps = override.is_sweep_override() and override.is_discrete_sweep()
+            values[override.get_key_element()] = len(list(override.sweep_string_iterator())) if sweeps else 1
+    except HydraException:  # the sweeper will say so, and better
+        return None
+    total = 1
+    for count in values.values():
+        total *= count
+    return total

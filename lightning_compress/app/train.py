@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_compress.app.jobs import Job, Metrics, config_digest, folder_name
+from hydra_plugins.lightning_compress_search import ParetoSweeper
+from lightning_compress.app.about import describe
+from lightning_compress.app.jobs import Job, config_digest, folder_name
 from lightning_compress.app.libraries import offer_networks
-from lightning_compress.app.sweep import SweepTable
+from lightning_compress.app.sweep import Sweep
 
 __all__ = ["main"]
 
@@ -31,38 +36,69 @@ class JobError(CompactHydraException):
 def main() -> None:
     """The console script."""
     offer_networks(sys.argv[1:])
+    Plugins.instance().register(ParetoSweeper)  # Hydra finds it itself where this package is installed from a wheel
     try:
         _hydra_main()
     finally:  # of a sweep with failures, too, one wants to see what was done
-        SweepTable.show_pending()
+        Sweep.end_pending()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="train")
-def _hydra_main(config: DictConfig) -> float:
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def _hydra_main(config: DictConfig) -> float | list[float]:
+    hydra_config = cast(DictConfig, HydraConfig.get())
+    folder = Path(hydra_config.runtime.output_dir)
     try:
-        metrics = Job(folder, config_digest(config)).finished()
+        job = Job(folder, config_digest(config))
+        about = describe(hydra_config)
     except OmegaConfBaseException as error:  # a value that must be given, an interpolation that leads nowhere
         raise JobError("the configuration cannot be resolved:") from error  # Hydra prints the cause as well
-    if metrics is None:
-        metrics = _run(config, folder)
+    results = job.finished()
+    if results is None:
+        results = _run(config, folder, about)
     else:
         log.info("finished before, nothing to do: %s", folder)
-    if config.objective not in metrics["final"]:
-        raise JobError(f"`objective` must be one of {', '.join(metrics['final'])}, got {config.objective!r}")
-    return metrics["final"][config.objective]
+    names = [config.objective] if isinstance(config.objective, str) else list(config.objective)
+    values = objectives(results, names)
+    return values[0] if isinstance(config.objective, str) else values
 
 
-def _run(config: DictConfig, folder: Path) -> Metrics:
+def objectives(results: Mapping[str, Any], names: Sequence[str]) -> list[float]:
+    """Figures of the final network: metrics as the task logs them, and what the report measured.
+
+    Args:
+        results: of a finished job.
+        names: `test/acc`, `macs`, `latency_b1` and the like.
+
+    Raises:
+        JobError: there is none of such a name.
+    """
+    figures = {
+        name.rpartition("/")[2]: value
+        for side in ("dense/", "compressed/")  # the dense network's, where nothing was compressed
+        for name, value in results["figures"].items()
+        if name.startswith(side)
+    }
+    known = results["metrics"]["final"] | figures
+    for name in names:
+        if name not in known:
+            raise JobError(f"`objective` must be one of {', '.join(known)}, or a list of them, got {name!r}")
+    return [known[name] for name in names]
+
+
+def quieten() -> None:
+    """Lightning 2.6 says this of itself, once in every process."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
+
+
+def _run(config: DictConfig, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     # Lightning takes seconds to load: not for a help text, a misspelt name or a job that is finished.
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_compress.app.work import run
 
-    # Lightning 2.6 says this of itself, once in every process
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")
+    quieten()
     try:
-        return run(config, folder)
+        return run(config, folder, about)
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
         raise JobError(f"{where}: {error.__cause__ or error}") from error

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from torch import nn
 
 from lightning_compress.app.build import make_data, make_method, make_net, make_task, make_trainer, newest_checkpoint
 from lightning_compress.app.dense import dense_task
-from lightning_compress.app.jobs import Job, Metrics, alone, config_digest
-from lightning_compress.app.logger import finish_loggers
+from lightning_compress.app.jobs import Job, alone, config_digest
+from lightning_compress.app.logger import job_loggers, log_artifact, log_metrics
 from lightning_compress.app.teachers import TRAINED, trained_teacher
 from lightning_compress.artifact import load_compressed
 
@@ -23,15 +26,16 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 
-def run(config: DictConfig, folder: Path) -> Metrics:
+def run(config: DictConfig, folder: Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run one job to its end, or as much of it as is left to do.
 
     Args:
         config: what `conf/train.yaml` composes to.
         folder: where everything of the job is written.
+        about: what it is called and how it is run again; see `describe`.
 
     Returns:
-        The metrics of the dense network and of the final one.
+        The results; among them `metrics`, of the dense network and of the final one, and `figures`, of the report.
     """
     # Lightning prints what it logs; Hydra's root logger does so too, with the time, and into the job's log file.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -39,16 +43,17 @@ def run(config: DictConfig, folder: Path) -> Metrics:
         logging.getLogger(name).propagate = True
     job = Job(folder, config_digest(config))
     with alone(folder / ".lock", f"at work in {folder}"):
-        metrics = job.finished()
-        if metrics is None:
-            metrics = _work(config, job)
+        results = job.finished()
+        if results is None:
+            with job_loggers(config) as loggers:
+                results = _work(config, job, about, loggers)
         else:
             log.info("finished before, nothing to do: %s", job.folder)
-    return metrics
+    return results
 
 
-def _work(config: DictConfig, job: Job) -> Metrics:
-    resume = job.begin()
+def _work(config: DictConfig, job: Job, about: Mapping[str, Any] | None, loggers: Sequence[Logger]) -> dict[str, Any]:
+    resume = job.begin(about)
     if resume is not None:
         log.info("going on from %s", resume)
 
@@ -67,25 +72,24 @@ def _work(config: DictConfig, job: Job) -> Metrics:
     dense = copy.deepcopy(task)
 
     L.seed_everything(config.seed, workers=True, verbose=False)  # the same, whether the dense network was cached or not
-    logger = instantiate(config.logger, _convert_="all") if config.logger else False
     drawn = [] if config.pictures is None else [instantiate(config.pictures, folder=str(job.folder / "pictures"))]
     callbacks = [*methods, *drawn, report, newest_checkpoint(job.checkpoints)]
-    trainer = make_trainer(config, callbacks=callbacks, logger=logger)
+    trainer = make_trainer(config, callbacks=callbacks, logger=loggers or False)
     trainer.fit(task, data, ckpt_path=resume)
     trainer.strategy.barrier()
 
     final = task if not job.artifact.is_file() else make_task(config, load_compressed(job.artifact, make_net(config)))
     metrics = {"dense": _evaluate(config, dense, data), "final": _evaluate(config, final, data)}
-    figures = {f"{side}/{name}": value for side, values in metrics.items() for name, value in values.items()}
-    for each in trainer.loggers:
-        each.log_metrics(figures)
-    finish_loggers(trainer.loggers)
+    measured = trainer.strategy.broadcast(report.results.figures() if report.results else {})
+    results = {"metrics": metrics, "figures": measured}
+    log_metrics(loggers, metrics)
     if trainer.is_global_zero:
-        job.finish(config, metrics)
+        job.finish(config, metrics, measured, about)
+        log_artifact(loggers, [job.artifact, report.results_path], results)
         for name in metrics["final"]:
             log.info("%s: dense %.4f, now %.4f", name, metrics["dense"][name], metrics["final"][name])
         log.info("results: %s", job.folder)
-    return metrics
+    return results
 
 
 def _evaluate(config: DictConfig, task: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:

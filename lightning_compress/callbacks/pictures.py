@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.capture import capture
+from lightning_compress.callbacks.logs import log_picture
 from lightning_compress.edits import history, skeleton
 from lightning_compress.pictures import draw, pixels, stack, tile
 from lightning_compress.quiet import without_observers
@@ -112,12 +112,7 @@ class FilterPictures(pl.Callback):
             return draw(copy, self._images)
 
     def _write(self, trainer: pl.Trainer, name: str, sheet: Tensor) -> None:
-        array = pixels(sheet).numpy()
-        image = Image.fromarray(array)
+        image = Image.fromarray(pixels(sheet).numpy())
         self.folder.mkdir(parents=True, exist_ok=True)
         image.save(self.folder / f"{name}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"compress/{name}", array, trainer.global_step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(f"compress/{name}", [image])
+        log_picture(trainer, name, image)

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from lightning_compress.artifact import load_compressed, save_compressed
 from lightning_compress.callbacks.capture import capture, find_network
 from lightning_compress.callbacks.comparison import blank, budget_rows, environment, layer_rows
 from lightning_compress.callbacks.evaluation import evaluate, from_rank_zero
+from lightning_compress.callbacks.logs import begin_curves, log_costs, log_results
 from lightning_compress.calls import Call, batch_size, resize_batch
 from lightning_compress.deployment import Deployed, RuntimeNetwork, compare_deployed, deploy, missing_packages
 from lightning_compress.edits import Edit, Quantize, history, rewind_edits, skeleton
@@ -37,7 +37,8 @@ class CompressionReport(L.Callback):
     Beside any compression callback: before the first edit it keeps a copy of the dense network and takes its metric;
     at the end of `fit` it writes the artifact, loads it again into a dense structure without weights, and measures
     both networks in turn on the same inputs. It prints a table, writes `results.json` and hands the final figures to
-    the loggers. Where nothing was compressed it reports the dense network alone.
+    the loggers, which also hear what the network costs before the first edit and after each. Where nothing was
+    compressed it reports the dense network alone.
 
     "Dense" is the network as it was just before its first edit; the table says in which epoch that was. A run that is
     resumed after that has its metric from the checkpoint, and its structure, but no longer its weights.
@@ -122,6 +123,9 @@ class CompressionReport(L.Callback):
             self._first, self._frozen, self._dense = {}, {}, None  # of an earlier fit, of another network
         if self.metric is not None:
             self._evaluate(trainer, pl_module, self._copy(pl_module.get_submodule(self._captured)), batches=1)
+        if trainer.is_global_zero:
+            begin_curves(trainer, *([] if self.metric is None else [self.metric]))
+        self._log_costs(trainer, pl_module)
 
     def before_edits(self, trainer: L.Trainer, pl_module: L.LightningModule, network_path: str) -> None:
         """Before the first edit: keep the dense network, and take its metric."""
@@ -144,8 +148,9 @@ class CompressionReport(L.Callback):
         edits: Sequence[Edit],
         frozen: Mapping[str, str],
     ) -> None:
-        """Note what could not be cut."""
+        """Note what could not be cut; tell the loggers what the network costs now."""
         self._frozen = dict(frozen)
+        self._log_costs(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the artifact, measure it, and report."""
@@ -187,6 +192,11 @@ class CompressionReport(L.Callback):
         captured = capture(trainer, pl_module, path)
         calls = resize_batch(captured.calls, min(batch_size(captured.calls), max(self.batch_sizes)))
         self._captured, self._calls = captured.path, tuple(call.map(Tensor.cpu) for call in calls)
+
+    def _log_costs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and trainer.loggers:
+            network = self._copy(pl_module.get_submodule(self._captured)).to(trainer.strategy.root_device)
+            log_costs(trainer, measure(network, self._calls))
 
     def _copy(self, network: nn.Module) -> nn.Module:
         with without_observers(network):
@@ -283,11 +293,7 @@ class CompressionReport(L.Callback):
         return deployed
 
     def _tell(self, trainer: L.Trainer, results: Results) -> None:
-        figures = {f"compress/{name}": value for name, value in results.figures().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
-            if isinstance(logger, WandbLogger):
-                logger.experiment.summary.update(figures)
+        log_results(trainer, results)
         if self.table:
             from rich.console import Console
 

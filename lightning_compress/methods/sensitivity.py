@@ -18,11 +18,11 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lightning_compress.calls import Call, batch_size, resize_batch
-from lightning_compress.coupling import Coupling
+from lightning_compress.coupling import Coupling, Group
 from lightning_compress.methods.criteria import Scores
 from lightning_compress.quiet import undisturbed, without_observers
 
-__all__ = ["measure_sensitivity", "weigh"]
+__all__ = ["measure_sensitivity", "weigh", "without_worst"]
 
 SAMPLES = 64
 """Inputs that the network is run on, for each layer."""
@@ -84,14 +84,11 @@ def measure_sensitivity(
             own = scores[group.classes]
             if np.isnan(own).any():
                 continue
-            worst = group.classes[np.argsort(own, kind="stable")[: max(1, int(share * len(own)))]]
-            zeroed: dict[str, Tensor] = {}
-            for name, dim in group.locations:
-                if name in parameters:
-                    tensor = _without(
-                        parameters[name], dim, np.isin(coupling.locations[name, dim], worst), zeroed.get(name)
-                    )
-                    zeroed |= dict.fromkeys(names[id(parameters[name])], tensor)
+            zeroed = {
+                alias: tensor
+                for name, tensor in without_worst(coupling, group, own, share).items()
+                for alias in names[id(parameters[name])]
+            }
             torch.manual_seed(0)
             outputs = _outputs(model, few, zeroed)
             error = sum(float((y - e).square().sum()) for y, e in zip(outputs, expected, strict=True))
@@ -99,6 +96,29 @@ def measure_sensitivity(
                 raise ValueError(f"the outputs are not finite when half of the channels of {group.name!r} are zero")
             found[index] = (error / size) ** 0.5
     return found
+
+
+def without_worst(coupling: Coupling, group: Group, scores: npt.NDArray[np.float64], share: float) -> dict[str, Tensor]:
+    """The parameters of a layer with the worst of its channels at zero, wherever those live.
+
+    Args:
+        coupling: the traced network.
+        group: the layer, one of the coupling's groups.
+        scores: one for each of its channels; the lowest go.
+        share: of them that goes, at least one.
+
+    Returns:
+        Name -> a tensor of the same shape, for every parameter that holds such a channel.
+    """
+    parameters = dict(coupling.model.named_parameters(remove_duplicate=False))
+    worst = group.classes[np.argsort(scores, kind="stable")[: max(1, int(share * len(scores)))]]
+    zeroed: dict[str, Tensor] = {}
+    for name, dim in group.locations:
+        if name in parameters:
+            tensor = zeroed.get(name, parameters[name].detach())
+            gone = torch.from_numpy(np.flatnonzero(np.isin(coupling.locations[name, dim], worst)))
+            zeroed[name] = tensor.index_fill(dim, gone.to(tensor.device), 0.0)
+    return zeroed
 
 
 def weigh(coupling: Coupling, scores: Scores, sensitivity: npt.NDArray[np.float64], power: float) -> Scores:
@@ -118,11 +138,6 @@ def weigh(coupling: Coupling, scores: Scores, sensitivity: npt.NDArray[np.float6
     for group, factor in zip(coupling.groups, factors, strict=True):
         weighed[group.classes] *= factor
     return weighed
-
-
-def _without(parameter: Tensor, dim: int, gone: npt.NDArray[np.bool_], before: Tensor | None) -> Tensor:
-    tensor = parameter.detach() if before is None else before
-    return tensor.index_fill(dim, torch.from_numpy(np.flatnonzero(gone)).to(tensor.device), 0.0)
 
 
 def _outputs(model: nn.Module, calls: Sequence[Call], replaced: dict[str, Tensor]) -> list[Tensor]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from lightning_compress.extras import require_extra
 from lightning_compress.zoo.datamodule import ImageDataModule, Split
-from lightning_compress.zoo.external import require_extra
 from lightning_compress.zoo.images import FileImages, ImageSource, MemoryImages, list_images, read_idx
 
 __all__ = ["CIFAR10", "CIFAR100", "Digits", "FashionMNIST", "ImageDataModule", "ImageFolder"]
@@ -140,7 +140,7 @@ class CIFAR10(ImageDataModule):
         """See `ImageDataModule.read`."""
         if split == "val":
             return None
-        data = getattr(require_extra("torchvision.datasets"), self.title)(self.root, train=split == "train")
+        data = getattr(require_extra("torchvision.datasets", "vision"), self.title)(self.root, train=split == "train")
         return MemoryImages(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
 
 
@@ -215,7 +215,7 @@ class ImageFolder(ImageDataModule):
 
 def _download(data: ImageDataModule, name: str, instead: str) -> None:
     try:
-        datasets = require_extra("torchvision.datasets")
+        datasets = require_extra("torchvision.datasets", "vision")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{data.title} is not in {data.root.absolute()}, and without torchvision it cannot be downloaded: {error}; "

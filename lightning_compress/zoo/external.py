@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["published_model", "require_extra", "timm_model", "torchvision_model"]
+from lightning_compress.extras import require_extra
+
+__all__ = ["published_model", "timm_model", "torchvision_model"]
 
 
 def timm_model(
@@ -41,7 +41,7 @@ def timm_model(
     Example:
         >>> net = timm_model("resnet18", in_channels=1)
     """
-    timm = require_extra("timm")
+    timm = require_extra("timm", "vision")
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     try:
@@ -79,7 +79,7 @@ def torchvision_model(
     Example:
         >>> net = torchvision_model("mobilenet_v2")
     """
-    models = require_extra("torchvision.models")
+    models = require_extra("torchvision.models", "vision")
     names = models.list_models(models)
     if name not in names:
         raise _unknown("torchvision", name, names)
@@ -112,7 +112,7 @@ def published_model(library: str, name: str) -> nn.Module:
         ValueError: it has no network of that name.
         ConnectionError: the weights could not be downloaded.
     """
-    models = require_extra("timm" if library == "timm" else "torchvision.models")
+    models = require_extra("timm" if library == "timm" else "torchvision.models", "vision")
     names = models.list_models() if library == "timm" else models.list_models(models)
     if not (models.is_model(name) if library == "timm" else name in names):
         raise _unknown(library, name, names)
@@ -125,23 +125,6 @@ def published_model(library: str, name: str) -> nn.Module:
     except OSError as error:
         raise _no_weights(library, name, error) from error
     return network
-
-
-def require_extra(module: str) -> ModuleType:
-    """Import a module that the extra `vision` installs.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message says how to.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name != package:  # installed, but something that it needs is not
-            raise
-        raise ModuleNotFoundError(
-            f'{package} is not installed; get it with: pip install "lightning-compress[vision]"', name=package
-        ) from error
 
 
 def _load_file(network: nn.Module, path: Path, num_classes: int) -> None:

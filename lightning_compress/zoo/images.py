@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler
 
-from lightning_compress.zoo.external import require_extra
-
 __all__ = [
     "EpochShuffle",
     "FileImages",
@@ -97,13 +95,14 @@ class FileImages:
         return MemoryImages(images, self.labels)
 
     def _decode(self, path: Path) -> Tensor:
-        image_module, image_ops = require_extra("PIL.Image"), require_extra("PIL.ImageOps")
+        from PIL import Image, ImageOps
+
         try:
-            with image_module.open(path) as file:
+            with Image.open(path) as file:
                 image = file.convert("RGB")
         except OSError as error:  # PIL's UnidentifiedImageError and truncated files among them
             raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete it") from error
-        image = image_ops.fit(image, (self.size, self.size), image_module.Resampling.BILINEAR)
+        image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

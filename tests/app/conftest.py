@@ -10,6 +10,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from tests.app.fake_wandb import environment
+
 SMALL = ("arch=lenet5", "arch.width=0.3", "trainer=debug", "logger=none", "dense.max_epochs=2", "trainer.max_epochs=4")
 Compose = Callable[..., DictConfig]
 
@@ -31,3 +33,15 @@ def interruptible() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def wandb_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B in this process without an account, and as if it had not been used before."""
+    import wandb
+
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()
+    yield
+    wandb.teardown()

@@ -19,6 +19,6 @@ SHORT = ("trainer=debug", "logger=none", "dense.max_epochs=1", "trainer.max_epoc
 def test_it_runs(experiment: str, tmp_path: Path) -> None:
     with initialize_config_module("lightning_compress.conf", version_base="1.3"):
         config = compose("train", overrides=[f"experiment={experiment}", *SHORT, f"output_dir={tmp_path}"])
-    metrics = work.run(config, tmp_path / "job")
+    metrics = work.run(config, tmp_path / "job")["metrics"]
     assert 0 <= metrics["final"]["test/acc"] <= 1
     assert (tmp_path / "job" / "compressed.safetensors").is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.app.jobs import Job, alone, config_digest, folder_name, read_results
+from lightning_compress.app.jobs import JOB, RESULTS, Job, alone, config_digest, fail, folder_name, read_json
 
 
 def config(**changes: object) -> DictConfig:
@@ -79,12 +79,37 @@ def test_a_folder_from_beginning_to_end(tmp_path: Path) -> None:
     (job.folder / "results.json").write_text(json.dumps({"format": 1}))  # the report's part
     assert job.finished() is None
     metrics = {"dense": {"test/acc": 0.5}, "final": {"test/acc": 0.25}}
-    job.finish(config(), metrics)
-    assert job.finished() == metrics
+    assert read_json(job.folder / JOB)["status"] == "running"
+    job.finish(config(), metrics, {"dense/macs": 8.0}, {"name": "mine"})
+    finished = job.finished()
+    assert finished is not None
+    assert (finished["metrics"], finished["figures"], finished["job"]) == (
+        metrics,
+        {"dense/macs": 8.0},
+        {"name": "mine"},
+    )
+    assert read_json(job.folder / JOB) == {
+        "config_digest": "digest",
+        "status": "finished",
+        "error": None,
+        "job": {"name": "mine"},
+    }
     assert not job.checkpoints.exists()
-    results = read_results(job.folder)
+    results = read_json(job.folder / RESULTS)
     assert results["format"] == 1
     assert results["config"]["arch"] == {"width": 10}
+
+
+def test_a_failed_job_says_of_what_and_can_go_on(tmp_path: Path) -> None:
+    job = Job(tmp_path, "digest")
+    fail(job.folder, "no such network", {"name": "mine"})  # before anything was begun
+    assert read_json(tmp_path / JOB) == {"status": "failed", "error": "no such network", "job": {"name": "mine"}}
+    job.begin()
+    job.checkpoints.mkdir()
+    (job.checkpoints / "last.ckpt").touch()
+    fail(job.folder, "out of memory", {})
+    assert job.begin() == job.checkpoints / "last.ckpt"
+    assert read_json(tmp_path / JOB)["error"] is None
 
 
 def test_what_another_configuration_left_is_removed(tmp_path: Path) -> None:

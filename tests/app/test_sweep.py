@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from lightning_compress.app.jobs import write_json
-from lightning_compress.app.sweep import SweepJob, sweep_table
+from lightning_compress.app.table import SweepJob, sweep_table
 from lightning_compress.footprint import Footprint
 from lightning_compress.results import Results
 
@@ -19,9 +20,13 @@ SMALL = ["arch=lenet5", "arch.width=0.3", "trainer=debug", "logger=none", "dense
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_module("lightning_compress.app.train", folder, *arguments)
+
+
+def run_module(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     return subprocess.run(
-        [sys.executable, "-m", "lightning_compress.app.train", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -48,7 +53,13 @@ def test_a_sweep_ends_with_a_table_also_when_a_job_fails_and_skips_when_repeated
     assert [row.split()[1] for row in rows] == [f"method.budget.macs={b}" for b in ("0.5", "0.0001", "1.5")]
     assert ["failed" in row for row in rows] == [False, True, True]
     assert "method.budget.macs=1.5: method.budget: Budget(macs=...) must be a fraction in (0, 1]" in table
-    assert table.rstrip().endswith(f"Results: {tmp_path / 'outputs'}")
+    outputs = tmp_path / "outputs"
+    assert table.rstrip().endswith(f"Results: {outputs}\nDashboard: {outputs / 'dashboard.html'}")
+    assert (outputs / "dashboard.html").is_file()
+    assert "sweep: 1 of 3 done, 2 failed" in done.stderr
+    jobs = [json.loads(file.read_text()) for file in outputs.glob("*/job.json")]
+    assert sorted(job["status"] for job in jobs) == ["failed", "failed", "finished"]
+    assert any("the lowest reachable" in (job["error"] or "") for job in jobs)
     assert not list((tmp_path / "outputs").glob(".sweep-*"))
 
     single = command(tmp_path, *SMALL, "method.budget.macs=0.5")  # the same job, alone
@@ -92,7 +103,9 @@ def test_the_table_shows_both_sides_and_what_differs(tmp_path: Path) -> None:
     metrics = {"dense": {"test/acc": 0.75}, "final": {"test/acc": 0.5}}
     for name, compressed in (("a", None), ("b", small)):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "results.json", {**Results(dense, compressed).to_json(), "metrics": metrics})
+        own = Results(dense, compressed)
+        results = {**own.to_json(), "metrics": metrics, "figures": own.figures()}
+        write_json(tmp_path / name / "results.json", results)
     text = shown(
         [
             SweepJob("arch=x,seed=1", tmp_path / "a", None),

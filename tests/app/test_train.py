@@ -49,7 +49,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, max_epochs: int, epoch: int) -> N
 
 def test_a_job_compresses_measures_and_writes(job: Compose, tmp_path: Path) -> None:
     config = job("method.budget.macs=0.4")
-    metrics = work.run(config, tmp_path / "job")
+    metrics = work.run(config, tmp_path / "job")["metrics"]
     written = json.loads((tmp_path / "job" / "results.json").read_text())
     results = Results.load(tmp_path / "job" / "results.json")
     assert results.compressed is not None
@@ -69,7 +69,7 @@ def test_a_job_compresses_measures_and_writes(job: Compose, tmp_path: Path) -> N
 def test_networks_that_learn_without_labels_bring_their_task(arch: str, job: Compose, tmp_path: Path) -> None:
     config = job(f"arch={arch}", "method=weight_sharing")
     assert config.task._target_.rpartition(".")[2] in ("ImageReconstruction", "ContrastiveDivergence")
-    metrics = work.run(config, tmp_path / "job")
+    metrics = work.run(config, tmp_path / "job")["metrics"]
     assert {"test/acc", "test/mse", "test/psnr", "test/active"} <= set(metrics["final"])
     results = Results.load(tmp_path / "job" / "results.json")
     assert results.compressed is not None
@@ -77,7 +77,7 @@ def test_networks_that_learn_without_labels_bring_their_task(arch: str, job: Com
 
 
 def test_a_dense_job_is_trained_on_and_nothing_is_cut(job: Compose, tmp_path: Path) -> None:
-    metrics = work.run(job("method=none"), tmp_path / "job")
+    metrics = work.run(job("method=none"), tmp_path / "job")["metrics"]
     assert Results.load(tmp_path / "job" / "results.json").compressed is None
     assert metrics["final"]["val/loss"] != metrics["dense"]["val/loss"]
 
@@ -85,13 +85,11 @@ def test_a_dense_job_is_trained_on_and_nothing_is_cut(job: Compose, tmp_path: Pa
 def test_a_finished_job_is_skipped(
     job: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = work.run(job(), tmp_path / "job")
+    first = work.run(job(), tmp_path / "job")["metrics"]
     monkeypatch.setattr(work, "make_data", refuse)
     with caplog.at_level(logging.INFO):
-        assert (
-            work.run(job("+trainer.enable_checkpointing=true", "~trainer.enable_checkpointing"), tmp_path / "job")
-            == first
-        )
+        again = work.run(job("+trainer.enable_checkpointing=true", "~trainer.enable_checkpointing"), tmp_path / "job")
+    assert again["metrics"] == first
     assert "finished before" in caplog.text
 
 

@@ -361,16 +361,22 @@ def test_a_network_that_was_cut_before_has_no_dense_metric(tmp_path: Path) -> No
 
 def test_figures_go_to_the_loggers(tmp_path: Path) -> None:
     class Offline(WandbLogger):
-        """W&B's logger, with a run that is a dictionary."""
+        """W&B's logger, with a run that is lists."""
 
         def __init__(self) -> None:
-            self.summary: dict[str, float] = {}
+            self.logged: list[dict[str, Any]] = []
+            self.over_epochs: list[str] = []
 
         @property
         def experiment(self) -> Any:
             return self
 
-        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None: ...
+        def define_metric(self, name: str, step_metric: str) -> None:
+            assert step_metric == "epoch"
+            self.over_epochs.append(name)
+
+        def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+            self.logged.append(dict(metrics))
 
         def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -380,8 +386,19 @@ def test_figures_go_to_the_loggers(tmp_path: Path) -> None:
 
     board = Offline()
     fit(tmp_path, Halve(), report(tmp_path), logger=[CSVLogger(tmp_path, "csv", ""), board])
-    figures = Results.load(tmp_path / "results.json").figures()
-    assert board.summary == {f"compress/{name}": value for name, value in figures.items()}
+    results = Results.load(tmp_path / "results.json")
+    figures = results.figures()
+    assert results.compressed is not None
+    costs = [(row["epoch"], row["compress/macs"]) for row in board.logged if "compress/macs" in row]
+    dense, small = results.dense.macs, results.compressed.macs
+    assert costs[0] == (0, dense)
+    assert costs[1][1] == costs[-1][1] == small
+    assert {"val/acc", "compress/macs", "compress/bytes"} <= set(board.over_epochs)
+    [final] = [row for row in board.logged if "compress/ratio/macs" in row]
+    assert {f"compress/{name}" for name in figures if not name.startswith("compressed/")} < set(final)
+    assert final["compress/metric"] == figures["compressed/metric"]
+    [table] = [row["compress/layers"] for row in board.logged if "compress/layers" in row]
+    assert [row[0] for row in table.data] == [layer.tensor for layer in results.layers]
     written = (tmp_path / "csv" / "metrics.csv").read_text()
     assert "compress/ratio/macs" in written.splitlines()[0]
     assert str(figures["ratio/macs"]) in written

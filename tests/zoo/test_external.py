@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_compress.zoo import external, timm_model, torchvision_model
+from lightning_compress.zoo import timm_model, torchvision_model
 
 
 @pytest.mark.parametrize(("build", "library"), [(timm_model, "timm"), (torchvision_model, "torchvision")])
@@ -40,15 +40,6 @@ class TestNetworksByName:
             monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
         with pytest.raises(ConnectionError, match=f"{library}'s 'resnet18' .*no route to host.*pretrained=false"):
             build("resnet18", pretrained=True)
-
-
-def test_a_library_that_is_broken_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
-
-    monkeypatch.setattr(external.importlib, "import_module", broken)
-    with pytest.raises(ModuleNotFoundError, match="yaml"):
-        external.require_extra("timm")
 
 
 def test_torchvision_pretrained_weights_load_but_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,178 @@
+"""`lightning-compress-sensitivity`: what each layer of a trained network is worth, before one decides what to cut."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from lightning_compress.app.build import make_data, make_trainer
+from lightning_compress.app.dense import dense_task
+from lightning_compress.app.jobs import write_json
+from lightning_compress.app.libraries import offer_networks
+from lightning_compress.app.train import JobError, quieten
+from lightning_compress.calls import as_calls
+from lightning_compress.coupling import Coupling, Group, trace_coupling
+from lightning_compress.methods.criteria import score_channels
+from lightning_compress.methods.sensitivity import measure_sensitivity, without_worst
+
+__all__ = ["layer_sensitivity", "main"]
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The console script."""
+    offer_networks(sys.argv[1:])
+    _hydra_main()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="sensitivity")
+def _hydra_main(config: DictConfig) -> None:
+    try:
+        _run(config, Path(HydraConfig.get().runtime.output_dir))
+    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
+        raise JobError(str(error)) from error
+
+
+def _run(config: DictConfig, folder: Path) -> None:
+    quieten()
+    data = make_data(config)
+    task = dense_task(config, data)
+    settings = config.sensitivity
+    rows = layer_sensitivity(
+        task,
+        data,
+        make_trainer(config, logger=False, enable_checkpointing=False, enable_progress_bar=False),
+        metric=config.report.metric,
+        criterion=settings.criterion,
+        shares=list(settings.shares),
+    )
+    write_json(folder / "sensitivity.json", {"metric": config.report.metric, "rows": rows})
+    Console().print(_table(rows, config.report.metric))
+    log.info("results: %s", folder / "sensitivity.json")
+
+
+def layer_sensitivity(
+    task: L.LightningModule,
+    data: L.LightningDataModule,
+    trainer: L.Trainer,
+    metric: str = "val/acc",
+    criterion: str = "l2",
+    shares: Sequence[float] = (0.25, 0.5, 0.75),
+) -> list[dict[str, Any]]:
+    """What a network loses when a share of one layer's channels is zero, layer by layer (Li et al. 2017).
+
+    The network is as it was afterwards. Nothing is refitted: what pruning itself would lose is less.
+
+    Args:
+        task: a LightningModule with a network `net` in it.
+        data: with a validation set.
+        trainer: runs the validation.
+        metric: that the task logs there.
+        criterion: what tells the worst channels; one that needs no gradients.
+        shares: of a layer's channels that are taken out.
+
+    Returns:
+        For each layer: `layer`, `channels`, `macs` (fraction of the network's that would be saved were it halved), and
+        for each share in turn `error` (of the outputs, relative; see `measure_sensitivity`) and `metric` (the
+        difference to the whole network's).
+
+    Raises:
+        ValueError: a share out of range; an unknown criterion, or one that needs gradients; the metric is not logged.
+    """
+    for share in shares:
+        if not 0 < share < 1:
+            raise ValueError(f"`sensitivity.shares` must be between 0 and 1, got {share}")
+    task.eval()
+    data.prepare_data()
+    data.setup("fit")
+    images, _ = next(iter(data.train_dataloader()))
+    calls = as_calls(images)
+    coupling = trace_coupling(task.get_submodule("net"), calls)
+    scores = score_channels(coupling, criterion)
+    whole = _validated(task, data, trainer, metric)
+    errors = [measure_sensitivity(coupling, scores, calls, share) for share in shares]
+    rows = []
+    for number, group in enumerate(coupling.groups):
+        own = scores[group.classes]
+        rows.append(
+            {
+                "layer": group.name,
+                "channels": len(own),
+                "macs": _saved(coupling, group),
+                "error": [float(error[number]) for error in errors],
+                "metric": [
+                    _validated(task, data, trainer, metric, without_worst(coupling, group, own, share)) - whole
+                    for share in shares
+                ],
+                "shares": list(shares),
+            }
+        )
+    return rows
+
+
+def _saved(coupling: Coupling, group: Group) -> float:
+    mask = coupling.nothing_cut()
+    dense = coupling.macs(mask)
+    mask[group.classes[: len(group.classes) // 2]] = True
+    return 1 - coupling.macs(mask) / dense
+
+
+def _validated(
+    task: L.LightningModule,
+    data: L.LightningDataModule,
+    trainer: L.Trainer,
+    metric: str,
+    replaced: dict[str, torch.Tensor] | None = None,
+) -> float:
+    """The metric with other values in some of the network's parameters."""
+    parameters = dict(task.get_submodule("net").named_parameters(remove_duplicate=False))
+    kept = {name: parameters[name].detach().clone() for name in replaced or {}}
+    try:
+        with torch.no_grad():
+            for name, value in (replaced or {}).items():
+                parameters[name].copy_(value)
+        [values] = trainer.validate(task, data, verbose=False)
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                parameters[name].copy_(value)
+    if metric not in values:
+        raise ValueError(f"`report.metric` must be one of {', '.join(values)}, got {metric!r}")
+    return float(values[metric])
+
+
+def _table(rows: Sequence[dict[str, Any]], metric: str) -> Table:
+    shares = rows[0]["shares"] if rows else []
+    table = Table(title="each layer alone, without the worst of its channels", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for column in ("channels", "MACs, halved", *(f"{metric}, −{share:.0%}" for share in shares)):
+        table.add_column(column, justify="right")
+    table.add_column(f"error, −{shares[len(shares) // 2]:.0%}" if shares else "error", justify="right")
+    for row in rows:
+        middle = row["error"][len(shares) // 2]
+        table.add_row(
+            row["layer"],
+            str(row["channels"]),
+            f"{-row['macs']:+.1%}",
+            *(f"{value:+.4f}" for value in row["metric"]),
+            f"{middle:.3f}" if np.isfinite(middle) else "",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

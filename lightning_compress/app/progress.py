@@ -42,6 +42,11 @@ class Progress(threading.Thread):
         while not self._stopped.wait(POLL):
             self.look()
 
+    def expect_less(self) -> None:
+        """One job that was counted will not be run."""
+        if self.total is not None:
+            self.total -= 1
+
     def stop(self) -> None:
         """Look once more, and no further."""
         self._stopped.set()

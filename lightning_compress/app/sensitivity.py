@@ -21,7 +21,7 @@ from rich.table import Table
 from lightning_compress.app.build import make_data, make_trainer
 from lightning_compress.app.dense import dense_task
 from lightning_compress.app.jobs import write_json
-from lightning_compress.app.libraries import offer_networks
+from lightning_compress.app.offers import offer_networks, offer_sweepers
 from lightning_compress.app.train import JobError, quieten
 from lightning_compress.calls import as_calls
 from lightning_compress.coupling import Coupling, Group, trace_coupling
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """The console script."""
     offer_networks(sys.argv[1:])
+    offer_sweepers()
     _hydra_main()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +74,13 @@ class Sweep(Callback):
         self.end_pending()
 
     @classmethod
+    def leave_out(cls, overrides: Sequence[str], reason: str) -> None:
+        """Say in the table of the sweep that this process runs that a combination is none of its jobs, and why."""
+        if Sweep._pending is not None:
+            Sweep._pending.left_out.append(SweepJob(",".join(overrides), Path(), reason, left_out=True))
+            Sweep._pending.progress.expect_less()
+
+    @classmethod
     def end_pending(cls) -> None:
         """Print the table of the sweep that this process ran and write its dashboard, unless that was done."""
         pending, Sweep._pending = Sweep._pending, None
@@ -99,6 +107,7 @@ class _Pending:
         self.name, self.notes, self.dashboard = name, notes, dashboard
         self.folder = Path(config.hydra.sweep.dir)
         self.board = (config.get("logger") or {}).get("wandb")
+        self.left_out: list[SweepJob] = []
         notes.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(notes / "lock")
         self.lock.acquire()
@@ -114,7 +123,7 @@ class _Pending:
         console = Console()
         if not console.is_terminal:  # a log file wraps nothing
             console = Console(width=160)
-        console.print(sweep_table(jobs))
+        console.print(sweep_table([*jobs, *self.left_out]))
         console.print(f"Results: {self.folder.resolve()}", soft_wrap=True, highlight=False)
         if self.dashboard and jobs:
             console.print(_write_dashboard(self.folder), soft_wrap=True, highlight=False)

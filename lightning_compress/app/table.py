@@ -21,11 +21,13 @@ class SweepJob(NamedTuple):
         name: its overrides.
         folder: where it wrote.
         error: the first line of what went wrong; None if nothing did.
+        left_out: it was never run, since it makes no sense.
     """
 
     name: str
     folder: Path
     error: str | None
+    left_out: bool = False
 
 
 def sweep_table(jobs: Sequence[SweepJob]) -> Table:
@@ -41,14 +43,15 @@ def sweep_table(jobs: Sequence[SweepJob]) -> Table:
     table.add_column("job", overflow="fold")
     for column in ("test/acc", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 32"):
         table.add_column(column, justify="right", no_wrap=True)
-    common = set.intersection(*(set(job.name.split(",")) for job in jobs)) if len(jobs) > 1 else set()
+    names = [set(job.name.split(",")) for job in jobs if not job.left_out]
+    common = set.intersection(*names) if len(names) > 1 else set()
     failures = []
     for job in jobs:
         name = ", ".join(part for part in job.name.split(",") if part not in common) or job.name or "default"
         if job.error is None:
             table.add_row(name, *_cells(read_json(job.folder / RESULTS)))
         else:
-            table.add_row(name, "[red]failed[/]")
+            table.add_row(name, "left out" if job.left_out else "[red]failed[/]")
             failures.append(f"{name}: {job.error}")
     if failures:
         table.caption, table.caption_justify = escape("\n".join(failures)), "left"
@@ -80,6 +83,8 @@ def sweep_rows(jobs: Sequence[SweepJob]) -> list[dict[str, Any]]:
 
 
 def _cells(results: Mapping[str, Any]) -> list[str]:
+    if "metrics" not in results:  # a job of another kind
+        return []
     metrics, figures = results["metrics"], results["figures"]
     accuracies = (metrics[side].get("test/acc") for side in ("dense", "final"))
     cells = [" → ".join(f"{value:.4f}" for value in accuracies if value is not None)]

@@ -11,15 +11,13 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.lightning_compress_search import ParetoSweeper
 from lightning_compress.app.about import describe
 from lightning_compress.app.jobs import Job, config_digest, folder_name
-from lightning_compress.app.libraries import offer_networks
+from lightning_compress.app.offers import offer_networks, offer_sweepers
 from lightning_compress.app.sweep import Sweep
 
 __all__ = ["main"]
@@ -36,7 +34,7 @@ class JobError(CompactHydraException):
 def main() -> None:
     """The console script."""
     offer_networks(sys.argv[1:])
-    Plugins.instance().register(ParetoSweeper)  # Hydra finds it itself where this package is installed from a wheel
+    offer_sweepers()
     try:
         _hydra_main()
     finally:  # of a sweep with failures, too, one wants to see what was done

@@ -20,7 +20,7 @@ from tests.app.test_sweep import SMALL, command
 FEW = ["arch=lenet5", "method=channel_pruning,low_rank", "method.budget.macs=0.7,0.5"]
 MANY = [
     "arch=lenet5,vgg_small,resnet20",
-    "method=channel_pruning,channel_pruning_slimming,low_rank,compact_filters_depthwise_separable",
+    "method=channel_pruning,channel_pruning_group_norm,low_rank,low_rank_channel",
     "method.budget.macs=0.7,0.5",
     "trainer.max_epochs=3",
     "dense.max_epochs=4",

@@ -31,7 +31,7 @@ def run_module(module: str, folder: Path, *arguments: str) -> subprocess.Complet
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
 
@@ -65,6 +65,21 @@ def test_a_sweep_ends_with_a_table_also_when_a_job_fails_and_skips_when_repeated
     single = command(tmp_path, *SMALL, "method.budget.macs=0.5")  # the same job, alone
     assert single.returncode == 0
     assert "finished before" in single.stdout
+
+
+def test_combinations_that_make_no_sense_are_left_out(tmp_path: Path) -> None:
+    swept = ["method=weight_sharing,channel_pruning", "method.budget.macs=0.7,0.5"]
+    done = command(tmp_path, "-m", *SMALL, "pictures=null", *swept)
+    assert done.returncode == 0, done.stderr
+    assert "sweep: 2 of 2 done" in done.stderr
+    _, _, table = done.stdout.partition("dense → now")
+    assert table.count("left out") == 2
+    assert "method=weight_sharing, method.budget.macs=0.7: Could not override 'method.budget.macs'." in table
+
+    mistyped = command(tmp_path, "-m", *SMALL, "method=low_rank,channel_pruning", "method.bugdet.macs=0.5")
+    assert mistyped.returncode == 1
+    assert "Could not override 'method.bugdet.macs'" in mistyped.stderr
+    assert "Traceback" not in mistyped.stderr
 
 
 @pytest.mark.parametrize(

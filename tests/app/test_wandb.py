@@ -109,7 +109,7 @@ def test_four_jobs_of_one_process_are_four_runs(sweep: Path) -> None:
         assert end.get("exit_code", 0) == 0
 
 
-def test_a_sweep_ends_with_a_run_that_shows_its_jobs(sweep: Path) -> None:
+def test_a_sweep_of_the_command_ends_with_a_run_that_shows_its_jobs(sweep: Path) -> None:
     [folder] = (sweep / "outputs" / "wandb").glob("offline-run-*")
     run = records(folder)
     head, told = of_kind(run, "run")[0], summary(run)

@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers. This one is `hydra/sweeper: pareto`; what it does is in `app.search`."""
+"""`hydra/sweeper: pareto`: jobs that a search chooses; what it does is in `lightning_compress.app.search`."""
 
 from __future__ import annotations
 

@@ -99,11 +99,14 @@ class Network:
         title: for the table.
         build: makes it for images of a size and a factor on its channels.
         task: its LightningModule, with a learning rate for dense training, or for what comes after.
+        read: the layer that the linear probe reads, if there is one. Pruning leaves it its channels: the layers learn
+            without labels, and what the probe has no features for cannot be made up for by any of them.
     """
 
     title: str
     build: Callable[[int, float], nn.Module]
     task: Callable[[nn.Module, bool], L.LightningModule]
+    read: str | None = None
 
 
 def _classify(net: nn.Module, dense: bool) -> L.LightningModule:
@@ -124,30 +127,33 @@ NETWORKS = {
         "feed-back: deconvolutional network",
         lambda size, width: DeconvolutionalNetwork(1, CLASSES, size, width=width),
         _reconstruct,
+        read="layers.1.filters",
     ),
     "bi-directional": Network(
         "bi-directional: convolutional autoencoder",
         lambda size, width: StackedConvAutoencoder(1, CLASSES, size, width=width),
         _reconstruct,
+        read="layers.1.filters",
     ),
     "belief": Network(
         "bi-directional: convolutional belief network",
         lambda size, width: ConvolutionalDBN(1, CLASSES, size, width=width),
         _contrast,
+        read="layers.1.filters",
     ),
 }
 
 THIN = 0.5
-SCHEMES: dict[str, Callable[[nn.Module], list[L.Callback]]] = {
-    "channel pruning": lambda _: [ChannelPruning(Budget(macs=0.5))],
-    "weight pruning": lambda _: [WeightPruning(0.8)],
-    "weight sharing": lambda _: [WeightSharing(4)],
-    "quantization": lambda _: [Quantization()],
-    "low rank": lambda _: [LowRankFactorization(Budget(macs=0.6), round_to=1)],
-    "compact filters": lambda _: [CompactFilters("ghost", Budget(params=0.7))],
-    "distillation": lambda dense: [Distillation(dense)],
+SCHEMES: dict[str, Callable[[Network, nn.Module], list[L.Callback]]] = {
+    "channel pruning": lambda net, _: [ChannelPruning(Budget(macs=0.5), exclude=[net.read] if net.read else [])],
+    "weight pruning": lambda *_: [WeightPruning(0.8)],
+    "weight sharing": lambda *_: [WeightSharing(4)],
+    "quantization": lambda *_: [Quantization()],
+    "low rank": lambda *_: [LowRankFactorization(Budget(macs=0.6), round_to=1)],
+    "compact filters": lambda *_: [CompactFilters("ghost", Budget(params=0.7))],
+    "distillation": lambda _, dense: [Distillation(dense)],
 }
-"""Name -> callbacks, given the dense network. A distilled network is half as wide, and starts from scratch."""
+"""Name -> callbacks, given what they are for and the dense network. A distilled one is half as wide, from scratch."""
 
 
 def images(recipe: Recipe, folder: Path) -> ImageDataModule:
@@ -206,7 +212,7 @@ def cell(name: str, scheme: str, recipe: Recipe, folder: Path, work: Path) -> Fo
         width, epochs = (THIN, recipe.dense_epochs) if taught else (1.0, recipe.epochs)
         net = network.build(recipe.size, width) if taught else copy.deepcopy(dense)
         try:
-            fit(network.task(net.train(), taught), epochs, data, SCHEMES[scheme](dense))
+            fit(network.task(net.train(), taught), epochs, data, SCHEMES[scheme](network, dense))
         except (ValueError, MisconfigurationException) as error:  # what a user would be told
             return Found(name, scheme, refusal(error))
         found = judge(network, net, file, recipe, folder, width)

@@ -86,7 +86,8 @@ def _distribution(override: Override) -> Any:
 class Search:
     """An Optuna study that is stored on disk, and goes on exactly where it was.
 
-    NSGA-II (Deb et al. 2002, 'A fast and elitist multiobjective genetic algorithm: NSGA-II') by default. Trials are
+    NSGA-II (Deb et al. 2002, 'A fast and elitist multiobjective genetic algorithm: NSGA-II') by default, whose children
+    lie near their parents (simulated binary crossover, Deb and Agrawal 1995). Trials are
     seeded one by one, so that a search that was killed and started again takes the course of one that was not: with the
     seed, what has been told so far decides. Another question (space, objectives, sampler, seed or fixed settings) in
     the same file is another study.
@@ -220,7 +221,9 @@ class Search:
             return samplers.RandomSampler(seed=seed)
         if self.sampler == "tpe":
             return samplers.TPESampler(seed=seed)
-        return samplers.NSGAIISampler(population_size=self.population, seed=seed)
+        # Optuna's default crossover only swaps the parents' values: with four numbers it tries the same ones again
+        crossover = samplers.nsgaii.SBXCrossover()
+        return samplers.NSGAIISampler(population_size=self.population, crossover=crossover, seed=seed)
 
 
 def _text(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,9 @@ class Search:
         if self.sampler == "tpe":
             return samplers.TPESampler(seed=seed)
         # Optuna's default crossover only swaps the parents' values: with four numbers it tries the same ones again
-        crossover = samplers.nsgaii.SBXCrossover()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)  # so since 2022
+            crossover = samplers.nsgaii.SBXCrossover()
         return samplers.NSGAIISampler(population_size=self.population, crossover=crossover, seed=seed)
 
 

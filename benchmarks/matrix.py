@@ -84,7 +84,7 @@ class Recipe:
     limit: int | None = None
 
 
-RECIPES = {"digits": Recipe("digits", 20, 8, 32, 8), "fashion-mnist": Recipe("fashion-mnist", 12, 8, 64, 28)}
+RECIPES = {"digits": Recipe("digits", 20, 8, 32, 8), "fashion-mnist": Recipe("fashion-mnist", 15, 8, 64, 28)}
 QUICK = {
     "digits": Recipe("digits", 6, 3, 32, 8),
     "fashion-mnist": Recipe("fashion-mnist", 2, 1, 64, 28, limit=3000),

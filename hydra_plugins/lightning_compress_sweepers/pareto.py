@@ -61,7 +61,9 @@ class ParetoSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Ask, launch and tell, until there are as many trials as wanted."""
-        from lightning_compress.app.search import Search, parse_space  # here: Hydra loads its plugins at every start
+        # here: Hydra loads its plugins at every start
+        from lightning_compress.app.search import Search, parse_space
+        from lightning_compress.app.sweep import Sweep
 
         assert self.hydra_context is not None
         assert self.launcher is not None
@@ -82,6 +84,7 @@ class ParetoSweeper(Sweeper):
             seed=self.seed,
             first=self.first,
         )
+        Sweep.expect_less(search.told)
         returns = []
         while batch := search.ask(min(self.n_jobs, self.n_trials - search.told)):
             jobs = [[*fixed, *trial.overrides] for trial in batch]

@@ -42,10 +42,10 @@ class Progress(threading.Thread):
         while not self._stopped.wait(POLL):
             self.look()
 
-    def expect_less(self) -> None:
-        """One job that was counted will not be run."""
+    def expect_less(self, count: int) -> None:
+        """So many jobs that were counted will not be run."""
         if self.total is not None:
-            self.total -= 1
+            self.total -= count
 
     def stop(self) -> None:
         """Look once more, and no further."""

@@ -78,7 +78,13 @@ class Sweep(Callback):
         """Say in the table of the sweep that this process runs that a combination is none of its jobs, and why."""
         if Sweep._pending is not None:
             Sweep._pending.left_out.append(SweepJob(",".join(overrides), Path(), reason, left_out=True))
-            Sweep._pending.progress.expect_less()
+        cls.expect_less(1)
+
+    @classmethod
+    def expect_less(cls, count: int) -> None:
+        """So many jobs of the sweep that this process runs were counted, and will not be run."""
+        if Sweep._pending is not None:
+            Sweep._pending.progress.expect_less(count)
 
     @classmethod
     def end_pending(cls) -> None:

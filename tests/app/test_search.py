@@ -142,5 +142,6 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
     more = command(tmp_path, *arguments, "hydra.sweeper.n_trials=3")
     assert more.returncode == 0, more.stderr
     assert "the front of 3 trials" in more.stdout
+    assert "sweep: 1 of 1 done" in more.stderr
     assert {path: path.stat().st_mtime_ns for path in results} == results
     assert len(list(tmp_path.rglob("results.json"))) == 3

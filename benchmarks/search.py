@@ -1,6 +1,6 @@
 """A search for the front of accuracy and MACs, against random search with as many trials.
 
-    python benchmarks/search.py [--quick] [--seeds N] [--json FILE]
+    python benchmarks/search.py [--quick] [--arch NAME] [--seeds N] [--json FILE]
 
 Each side is `lightning-compress sweep=pareto` on digits: NSGA-II from the recipe's first points, and random search in
 the same space. The hypervolume is the share of the rectangle between the dense network's MACs at accuracy 0 and no MACs
@@ -32,10 +32,8 @@ SIDES = {
     "NSGA-II": ["hydra.sweeper.sampler=nsgaii"],
     "random": ["hydra.sweeper.sampler=random", "hydra.sweeper.first=[]"],
 }
-CASE = "lenet5, digits"
 COMMON = [
     "sweep=pareto",
-    "arch=lenet5",
     "data=digits",
     "logger=none",
     "pictures=null",
@@ -57,11 +55,11 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
-def search(side: str, seed: int, trials: int, work: Path) -> Found:
+def search(arch: str, side: str, seed: int, trials: int, work: Path) -> Found:
     """Run a search, or what is left of it, and read its jobs."""
-    folder = work / f"{side.replace(', ', '-').replace(' ', '_')}-{trials}-{seed}"
+    folder = work / f"{arch}-{side}-{trials}-{seed}"
     arguments = [f"output_dir={folder}", f"cache_dir={work / 'cache'}", f"hydra.sweeper.n_trials={trials}"]
-    command = [sys.executable, "-m", "lightning_compress.app.train", *COMMON, *SIDES[side], *arguments]
+    command = [sys.executable, "-m", "lightning_compress.app.train", *COMMON, f"arch={arch}", *SIDES[side], *arguments]
     done = subprocess.run(
         [*command, f"hydra.sweeper.seed={seed}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -76,16 +74,21 @@ def search(side: str, seed: int, trials: int, work: Path) -> Found:
         (job["metrics"]["final"]["val/acc"], job["figures"]["compressed/macs"] / job["figures"]["dense/macs"])
         for job in jobs
     ]
-    return Found(CASE, side, {"hypervolume": hypervolume(points), "jobs": len(points)}, seed)
+    return Found(case_of(arch), side, {"hypervolume": hypervolume(points), "jobs": len(points)}, seed)
 
 
-def print_table(results: Results, console: Console) -> None:
+def case_of(arch: str) -> str:
+    """What the JSON file calls a network's searches."""
+    return f"{arch}, digits"
+
+
+def print_table(results: Results, case: str, console: Console) -> None:
     """The median and each seed's hypervolume."""
-    table = Table(title=CASE, title_justify="left")
+    table = Table(title=case, title_justify="left")
     for column in ("search", "hypervolume, median", "each seed", "jobs"):
         table.add_column(column, justify="left" if column == "search" else "right")
     for side in SIDES:
-        metrics = results.rows.get(CASE, {}).get(side)
+        metrics = results.rows.get(case, {}).get(side)
         if metrics is not None:
             volumes, jobs = metrics["hypervolume"], metrics["jobs"]
             each = " ".join(f"{volume:.4f}" for volume in volumes)
@@ -99,6 +102,7 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="6 trials, 1 seed")
     add("--seeds", type=int, default=3)
+    add("--arch", default="lenet5", help="the network; %(default)s")
     add("--trials", type=int, default=40)
     add("--work", type=Path, help="for jobs and dense networks; a temporary folder if none is named")
     add("--json", type=Path, metavar="FILE")
@@ -110,10 +114,10 @@ def main() -> None:
         results = Results("search", arguments.json or work / "search.json", {"trials": trials})
         for seed in range(seeds):
             for side in SIDES:
-                if not results.has(CASE, side, seed):
+                if not results.has(case_of(arguments.arch), side, seed):
                     print(f"{side}, seed {seed}", file=sys.stderr, flush=True)
-                    results.add([search(side, seed, trials, work)])
-        show(lambda console: print_table(results, console), arguments.table)
+                    results.add([search(arguments.arch, side, seed, trials, work)])
+        show(lambda console: print_table(results, case_of(arguments.arch), console), arguments.table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The project: a network, data, and the command that trains."""

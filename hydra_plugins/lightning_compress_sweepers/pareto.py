@@ -24,7 +24,7 @@ class ParetoSweeper(Sweeper):
         directions: "maximize" or "minimize", one for each name in `objective`.
         n_trials: how many jobs the search has in all; a search that was interrupted is brought to that number.
         n_jobs: how many are launched at a time. Side by side they run if the launcher does that.
-        sampler: "nsgaii", "tpe" or "random".
+        sampler: "nsgaii", "gp", "tpe" or "random".
         population: of a generation of NSGA-II.
         seed: of the sampler.
         storage: the file that remembers the trials.
@@ -60,8 +60,17 @@ class ParetoSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Ask, launch and tell, until there are as many trials as wanted."""
+        """Ask, launch and tell, until there are as many trials as wanted.
+
+        The same command typed a second time meanwhile waits, and then finds all trials done.
+        """
         # here: Hydra loads its plugins at every start
+        from lightning_compress.app.jobs import alone
+
+        with alone(self.storage.with_suffix(".lock"), f"searching, remembered in {self.storage}"):
+            return self._search(arguments)
+
+    def _search(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         from lightning_compress.app.search import Search, parse_space
         from lightning_compress.app.sweep import Sweep
 

@@ -20,7 +20,7 @@ from lightning_compress.extras import require_extra
 
 __all__ = ["Search", "Trial", "parse_space"]
 
-SAMPLERS = ("nsgaii", "tpe", "random")
+SAMPLERS = ("nsgaii", "gp", "tpe", "random")
 DIGITS = 4
 """Significant digits of a sampled number: more would only make folders' names long."""
 
@@ -98,7 +98,8 @@ class Search:
         objectives: name -> "maximize" or "minimize".
         storage: a file; its folder is made.
         about: what else makes this search what it is.
-        sampler: "nsgaii", "tpe" or "random".
+        sampler: "nsgaii", "gp" (a Gaussian process and the expected hypervolume improvement, Daulton et al. 2020,
+            'Differentiable Expected Hypervolume Improvement'), "tpe" or "random".
         population: of a generation of NSGA-II; the first is drawn at random.
         seed: of the sampler.
         first: points to try first; what they leave out is sampled.
@@ -222,6 +223,8 @@ class Search:
             return samplers.RandomSampler(seed=seed)
         if self.sampler == "tpe":
             return samplers.TPESampler(seed=seed)
+        if self.sampler == "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=self.population)
         # Optuna's default crossover only swaps the parents' values: with four numbers it tries the same ones again
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)  # so since 2022

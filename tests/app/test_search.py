@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_the_space_is_what_sweeps() -> None:
     assert fixed == ["g=7"]
 
 
-@pytest.mark.parametrize("sampler", ["nsgaii", "tpe", "random"])
+@pytest.mark.parametrize("sampler", ["nsgaii", "gp", "tpe", "random"])
 def test_a_search_that_is_interrupted_takes_the_course_of_one_that_is_not(tmp_path: Path, sampler: str) -> None:
     whole = opened(tmp_path / "whole", sampler=sampler)
     for _ in range(14):
@@ -139,9 +140,11 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "2 of 2 done" in first.stderr
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
-    more = command(tmp_path, *arguments, "hydra.sweeper.n_trials=3")
-    assert more.returncode == 0, more.stderr
-    assert "the front of 3 trials" in more.stdout
-    assert "sweep: 1 of 1 done" in more.stderr
+    with ThreadPoolExecutor() as typed_twice:  # one of them waits for the other
+        more = list(typed_twice.map(lambda _: command(tmp_path, *arguments, "hydra.sweeper.n_trials=3"), range(2)))
+    for search in more:
+        assert search.returncode == 0, search.stderr
+        assert "the front of 3 trials" in search.stdout
+    assert sum("sweep: 1 of 1 done" in search.stderr for search in more) == 1
     assert {path: path.stat().st_mtime_ns for path in results} == results
     assert len(list(tmp_path.rglob("results.json"))) == 3

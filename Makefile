@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Small networks are as fast on one thread, and do not choke on a busy machine; tests run side by side instead.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: help install quickstart matrix test test-fast fuzz lint type format notebooks docs bench clean
+.PHONY: help install quickstart matrix test test-fast fuzz lint type format notebooks docs docs-serve bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
@@ -72,9 +72,12 @@ notebooks: $(STAMP) ## run every notebook from top to bottom
 	@if compgen -G "notebooks/*.ipynb" > /dev/null; then $(BIN)/python -m pytest --nbmake notebooks; \
 		else echo "There are no notebooks yet."; fi
 
-docs: ## where the documentation is
-	@if compgen -G "docs/*.md" > /dev/null; then ls docs/*.md; \
-		else echo "There is no documentation yet besides README.md and the docstrings."; fi
+docs: $(STAMP) ## build the documentation into site/; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+docs-serve: $(STAMP) ## the documentation at http://127.0.0.1:8000, anew at each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: $(STAMP) ## the benchmarks beside their peers, in their short form
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
@@ -83,5 +86,5 @@ bench: $(STAMP) ## the benchmarks beside their peers, in their short form
 		echo "== $$benchmark"; $(BIN)/python benchmarks/$$benchmark.py --quick; done
 
 clean: ## remove what was built or cached; results in outputs/ and .venv stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -print0 | xargs -0 rm -rf

@@ -9,7 +9,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# Files of the repository's root and of benchmarks/ that are pages here; links between them are written for the repository.
+# Files elsewhere that are pages here; links between them are written for the repository.
 _PAGES = {
     "../benchmarks/README.md": "benchmarks.md",
     "../CONTRIBUTING.md": "contributing.md",

@@ -1,4 +1,8 @@
-"""A run over two processes; each rank leaves what it ended with. `python -m tests.contract.ddp METHOD FOLDER`."""
+"""Runs over two processes; each rank leaves what it ended with.
+
+`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.contract.ddp FOLDER METHOD ...`. One after
+another in the same processes: to start them and import torch takes longer than a run.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from tests.contract.runs import fit, task
 
 
 def main(name: str, folder: Path) -> None:
+    torch.manual_seed(0)
     module = task("residual")
     trainer = fit(module, folder, *METHODS[name].make(), devices=2, strategy="ddp")
     # Buffers are each rank's own in DDP, but for the broadcast before each step; parameters must agree.
@@ -22,4 +27,5 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for method in sys.argv[2:]:
+        main(method, Path(sys.argv[1]) / method)

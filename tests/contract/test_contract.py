@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_compress.budget import BudgetError
 from lightning_compress.edits import EditError, Replace, apply_edits, companions, history
 from lightning_compress.footprint import Footprint, measure
 from lightning_compress.methods.quantization import quantization_buffers
+from tests.contract.fresh import Fresh
 from tests.contract.methods import METHODS, SCHEMES, Method
 from tests.contract.nets import ALL, NETS, TIED
 from tests.contract.runs import EPOCHS, Metrics, data, fit, task
@@ -45,6 +47,12 @@ def _cases(compressing: bool) -> pytest.MarkDecorator:
 
 every_case = _cases(compressing=False)
 every_compressing_case = _cases(compressing=True)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    with Fresh() as processes:
+        yield processes
 
 
 def footprint(net: torch.nn.Module) -> Footprint:
@@ -93,24 +101,8 @@ def test_best_and_last_are_compressed(method: Method, net: str, tmp_path: Path) 
         assert footprint(module.net).macs == macs
 
 
-FRESH = """
-import sys, torch
-from lightning_compress.artifact import load_compressed
-from safetensors.torch import load_file
-from tests.contract.nets import ALL
-def refuse(*_, **__): raise AssertionError("pickle")
-torch.load = refuse
-import pickle; pickle.load = pickle.loads = pickle.Unpickler = refuse
-folder, net = sys.argv[1:]
-model = load_compressed(folder + "/compressed.safetensors", ALL[net]()).eval()
-stored = load_file(folder + "/outputs.safetensors")
-assert torch.equal(model(stored["x"]), stored["y"]), "outputs differ"
-assert not {"lightning", "lightning_compress.callbacks"} & set(sys.modules), "training code was imported"
-"""
-
-
 @every_case
-def test_artifact_loads_in_a_fresh_process(method: Method, net: str, tmp_path: Path) -> None:
+def test_artifact_loads_in_a_fresh_process(method: Method, net: str, fresh: Fresh, tmp_path: Path) -> None:
     module = task(net)
     fit(module, tmp_path, *method.make())
     module.net.eval()
@@ -120,10 +112,7 @@ def test_artifact_loads_in_a_fresh_process(method: Method, net: str, tmp_path: P
         y = module.net(x)
     assert torch.equal(load_compressed(tmp_path / "compressed.safetensors", ALL[net]()).eval()(x), y)
     save_file({"x": x, "y": y}, tmp_path / "outputs.safetensors")
-    command = [sys.executable, "-c", FRESH, str(tmp_path), net]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.check(tmp_path, net)
 
 
 class Watch(L.Callback):
@@ -237,15 +226,18 @@ def test_result_exports_and_keeps_its_names(method: Method, net: str, tmp_path: 
     assert torch.allclose(exported.module()(x), model(x), atol=1e-6)
 
 
-@every_method
-def test_two_processes_agree(method: Method, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [tuple(METHODS)[i::4] for i in range(4)], ids="-".join)
+def test_two_processes_agree(names: tuple[str, ...], tmp_path: Path) -> None:
     """DDP over gloo: the same edits, and the same weights at the end."""
-    name = next(name for name, row in METHODS.items() if row is method)
-    command = [sys.executable, "-m", "tests.contract.ddp", name, str(tmp_path)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "tests.contract.ddp", str(tmp_path), *names]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert a["edits"] == b["edits"]
-    assert len(a["edits"]) >= (2 if METHODS[name].budget else 0)
-    assert_identical(a["weights"], b["weights"])
+    for name in names:
+        a, b = (torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert a["edits"] == b["edits"], name
+        assert len(a["edits"]) >= (2 if METHODS[name].budget else 0), name
+        assert_identical(a["weights"], b["weights"])

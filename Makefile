@@ -51,8 +51,8 @@ test: $(STAMP) ## everything that must hold before a change goes in: lint, forma
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow"
 
-test-fast: $(STAMP) ## the tests alone, until the first failure
-	$(PYTEST) -m "not slow" -x -q
+test-fast: $(STAMP) ## what neither trains nor starts processes, until the first failure (minutes)
+	$(PYTEST) -m "not slow and not long" -x -q
 
 fuzz: $(STAMP) ## the property tests on examples that nobody has seen yet
 	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m "hypothesis and not slow"

@@ -36,4 +36,6 @@ def on_page_content(content: str, **_: Any) -> str:
 def _mathml(found: re.Match[str]) -> str:
     block = found[1] == "div"
     formula = convert(html.unescape(found[2]).strip(), display="block" if block else "inline")
+    if "\\" in formula:
+        raise ValueError(f"latex2mathml does not know all of {found[2]!r}: {formula}")
     return f'<div class="formula">{formula}</div>' if block else formula

@@ -56,6 +56,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike[str], metadata: Ma
         ...     load_compressed(pathlib.Path(folder, "net.safetensors"), nn.Linear(2, 3)).weight.shape
         torch.Size([2, 2])
     """
+    _require_network(model)
     write_container(path, *_contents(model, metadata))
 
 
@@ -91,6 +92,7 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module
     Raises:
         ArtifactError: no such file, one that is damaged or of another kind, or another architecture.
     """
+    _require_network(model)
     manifest, tensors = read_container(path)
     try:
         edits = edits_from_json(manifest["edits"])
@@ -178,6 +180,14 @@ def _contents(model: nn.Module, metadata: Mapping[str, Any] | None) -> tuple[dic
 def _as_numbers(whole: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers times their steps."""
     return (whole.float() * step.view(-1, *[1] * (whole.dim() - 1))).to(dtype)
+
+
+def _require_network(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a network, a torch.nn.Module, got {type(model).__name__}; the order is "
+            "save_compressed(model, path) and load_compressed(path, model)"
+        )
 
 
 def _lasting(model: nn.Module) -> tuple[Edit, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-__all__ = ["Budget", "BudgetError", "bisect"]
+__all__ = ["Budget", "BudgetError", "as_fraction", "bisect", "meant_as_share", "require_budget"]
 
 
 class BudgetError(ValueError):
@@ -36,6 +36,9 @@ class Budget:
         >>> Budget(macs=1.5)
         Traceback (most recent call last):
         ValueError: Budget(macs=...) must be a fraction in (0, 1] or an absolute integer above 1, got 1.5
+        >>> Budget(macs=50.0)
+        Traceback (most recent call last):
+        ValueError: Budget(macs=...) must be a fraction ..., got 50.0; for 50 % give 0.5
     """
 
     macs: float | int | None = None
@@ -54,6 +57,7 @@ class Budget:
             if not fits:
                 raise ValueError(
                     f"Budget({unit}=...) must be a fraction in (0, 1] or an absolute integer above 1, got {value!r}"
+                    f"{as_fraction(value)}"
                 )
 
     def given(self) -> dict[str, float | int]:
@@ -86,6 +90,56 @@ class Budget:
         return {
             unit: dense[unit] + fraction * (min(limit, dense[unit]) - dense[unit]) for unit, limit in limits.items()
         }
+
+
+def require_budget(value: object, example: str = "Budget(macs=0.5)") -> None:
+    """Raise unless it is a budget: a number alone does not say of what.
+
+    Args:
+        value: what came.
+        example: what could have.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> require_budget(0.5)
+        Traceback (most recent call last):
+        ValueError: `budget` must be a Budget, e.g. Budget(macs=0.5), got 0.5
+    """
+    if not isinstance(value, Budget):
+        raise ValueError(f"`budget` must be a Budget, e.g. {example}, got {value!r}")
+
+
+def as_fraction(value: object) -> str:
+    """The end of a message about a number that is no fraction, if it looks like a percentage; else empty.
+
+    Example:
+        >>> as_fraction(90), as_fraction("50%"), as_fraction(1.5)
+        ('; for 90 % give 0.9', '; for 50 % give 0.5', '')
+    """
+    try:
+        number = float(str(value).strip().removesuffix("%"))
+    except ValueError:
+        return ""
+    return f"; for {number:g} % give {number / 100:g}" if 2 <= number < 100 else ""
+
+
+def meant_as_share(unit: str, limit: float) -> str:
+    """The end of a message about a limit that cannot be met, if it looks like a percentage; else empty.
+
+    Example:
+        >>> meant_as_share("macs", 50.0)
+        '. 50 is an absolute number of macs: for 50 % of the dense network write Budget(macs=0.5)'
+        >>> meant_as_share("macs", 41_504.0)
+        ''
+    """
+    if not (2 <= limit < 100 and float(limit).is_integer()):
+        return ""
+    return (
+        f". {limit:.0f} is an absolute number of {unit}: for {limit:.0f} % of the dense network write "
+        f"Budget({unit}={limit / 100:g})"
+    )
 
 
 def bisect(fits: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -78,6 +78,10 @@ def replay_checkpoint(module: L.LightningModule, checkpoint: Mapping[str, Any]) 
             apply_edits(structure, wanted[shared:])
 
 
+def _kind(value: object) -> str:
+    return repr(value) if isinstance(value, type | str) else f"a {type(value).__name__}"
+
+
 def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwargs: Any) -> _Module:
     """`cls.load_from_checkpoint(path, **kwargs)` for checkpoints of compressed networks, and for all others.
 
@@ -94,7 +98,10 @@ def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwa
 
     Raises:
         EditError: the edits in the checkpoint do not fit the module.
+        TypeError: `cls` is no LightningModule's class, or makes another; the file is no checkpoint of a Trainer.
     """
+    if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
+        raise TypeError(f"`cls` must be the class of the LightningModule that was trained, got {_kind(cls)}")
     thread = threading.get_ident()
     replayed = False
     with _PATCH:
@@ -112,6 +119,13 @@ def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwa
         cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign, assignment]
         try:
             module = cls.load_from_checkpoint(path, **kwargs)
+        except KeyError as error:
+            if error.args != ("pytorch-lightning_version",):
+                raise
+            raise TypeError(
+                f"{path} is no checkpoint of a Trainer, as ModelCheckpoint and trainer.save_checkpoint write them; "
+                "a bare state dict is loaded by load_state_dict, an artifact by load_compressed"
+            ) from error
         finally:
             if own is None:
                 del cls.on_load_checkpoint

@@ -125,10 +125,15 @@ def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     name = os.fspath(path)
     try:
         data = Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise ArtifactError(f"{name!r} is a folder: name the file in it, e.g. compressed.safetensors") from error
+    except FileNotFoundError as error:
         raise ArtifactError(f"there is no file {name!r}") from error
     if len(data) > 8 and data[8:9] != b"{":
-        raise ArtifactError(f"{name!r} is no safetensors file")
+        raise ArtifactError(
+            f"{name!r} is no safetensors file: expected one that save_compressed or CompressionReport wrote; "
+            "Lightning's checkpoints are read by load_from_checkpoint"
+        )
     length = int.from_bytes(data[:8], "little")
     if len(data) < 9 or length > len(data) - 8:
         raise ArtifactError(f"{name!r} is damaged or truncated: it ends within its header, after {len(data)} bytes")

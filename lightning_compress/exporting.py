@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_compress.calls import Call, as_calls, batch_size, resize_batch
+from lightning_compress.calls import Call, as_calls, batch_size, explain_inputs, resize_batch
 from lightning_compress.deploy import Emitting, link
 from lightning_compress.edits import Quantize, history, skeleton
 from lightning_compress.methods.quantization import quantized_weights, settle
@@ -26,6 +26,7 @@ from lightning_compress.onnx_file import OnnxError, write_onnx
 from lightning_compress.quantized import using
 from lightning_compress.quiet import evaluating, without_observers
 from lightning_compress.runtimes import OnnxNetwork
+from lightning_compress.wording import require_choice
 
 __all__ = ["ExportError", "Parity", "export"]
 
@@ -60,6 +61,7 @@ class Parity:
     samples: int
 
 
+@explain_inputs
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -95,8 +97,7 @@ def export(
         >>> parity.agreement
         1.0
     """
-    if format not in get_args(Format):
-        raise ValueError(f"`format` must be one of {', '.join(get_args(Format))}, got {format!r}")
+    require_choice("format", format, get_args(Format))
     calls = as_calls(inputs)
     if len(calls) != 1 or calls[0].path:
         raise ExportError("a network is exported as it is called once: give one call of the network itself")

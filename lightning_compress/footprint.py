@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.calls import Call, as_calls, resize_batch, run_calls
+from lightning_compress.calls import Call, as_calls, explain_inputs, resize_batch, run_calls
 from lightning_compress.edits import named_tensors
 from lightning_compress.latency import BATCH_SIZES, Latency, compare_latency
 from lightning_compress.meter import Meter
@@ -63,6 +63,7 @@ class Footprint:
         return cls(**{**data, "latency": latency})
 
 
+@explain_inputs
 def measure(
     model: nn.Module,
     inputs: Tensor | Call | Sequence[Any],

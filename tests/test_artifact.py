@@ -353,7 +353,7 @@ def test_truncated_at_any_length(saved: Path, tmp_path: Path) -> None:
 
 def test_no_file_no_folder_no_artifact(saved: Path, tmp_path: Path) -> None:
     refused(tmp_path / "missing", "there is no file")
-    refused(tmp_path, "there is no file")
+    refused(tmp_path, "is a folder: name the file in it")
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickle")
     refused(tmp_path / "pickle", "no safetensors file")
     from safetensors.torch import save_file

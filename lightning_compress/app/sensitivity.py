@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from lightning_compress.app.build import make_data, make_trainer
 from lightning_compress.app.dense import dense_task
+from lightning_compress.app.hints import print_hints
 from lightning_compress.app.jobs import write_json
 from lightning_compress.app.offers import offer_networks, offer_sweepers
-from lightning_compress.app.train import JobError, quieten
+from lightning_compress.app.train import JobError, quieten, require_numbers
 from lightning_compress.calls import as_calls
 from lightning_compress.coupling import Coupling, Group, trace_coupling
 from lightning_compress.methods.criteria import score_channels
 from lightning_compress.methods.sensitivity import measure_sensitivity, without_worst
+from lightning_compress.wording import require_choice
 
 __all__ = ["layer_sensitivity", "main"]
 
@@ -37,7 +39,12 @@ def main() -> None:
     """The console script."""
     offer_networks(sys.argv[1:])
     offer_sweepers()
-    _hydra_main()
+    try:
+        _hydra_main()
+    except SystemExit as ended:  # Hydra has said what is wrong
+        if ended.code:
+            print_hints(sys.argv[1:], "sensitivity")
+        raise
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="sensitivity")
@@ -50,9 +57,12 @@ def _hydra_main(config: DictConfig) -> None:
 
 def _run(config: DictConfig, folder: Path) -> None:
     quieten()
+    settings = config.sensitivity
+    require_numbers(config, "seed", "dense.max_epochs")
+    if not OmegaConf.is_list(settings.shares):
+        raise ValueError(f"`sensitivity.shares` must be a list, e.g. [0.25, 0.5], got {settings.shares!r}")
     data = make_data(config)
     task = dense_task(config, data)
-    settings = config.sensitivity
     rows = layer_sensitivity(
         task,
         data,
@@ -95,8 +105,8 @@ def layer_sensitivity(
         ValueError: a share out of range; an unknown criterion, or one that needs gradients; the metric is not logged.
     """
     for share in shares:
-        if not 0 < share < 1:
-            raise ValueError(f"`sensitivity.shares` must be between 0 and 1, got {share}")
+        if not isinstance(share, int | float) or not 0 < share < 1:
+            raise ValueError(f"`sensitivity.shares` must be fractions of a layer's channels in (0, 1), got {share!r}")
     task.eval()
     data.prepare_data()
     data.setup("fit")
@@ -152,7 +162,7 @@ def _validated(
             for name, value in kept.items():
                 parameters[name].copy_(value)
     if metric not in values:
-        raise ValueError(f"`report.metric` must be one of {', '.join(values)}, got {metric!r}")
+        require_choice("report.metric", metric, values)
     return float(values[metric])
 
 

@@ -16,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.app.about import describe
+from lightning_compress.app.hints import print_hints
 from lightning_compress.app.jobs import Job, config_digest, folder_name
 from lightning_compress.app.offers import offer_networks, offer_sweepers
 from lightning_compress.app.sweep import Sweep
+from lightning_compress.wording import did_you_mean
 
 __all__ = ["main"]
 
@@ -37,6 +39,10 @@ def main() -> None:
     offer_sweepers()
     try:
         _hydra_main()
+    except SystemExit as ended:  # Hydra has said what is wrong
+        if ended.code:
+            print_hints(sys.argv[1:], "train")
+        raise
     finally:  # of a sweep with failures, too, one wants to see what was done
         Sweep.end_pending()
 
@@ -79,7 +85,10 @@ def objectives(results: Mapping[str, Any], names: Sequence[str]) -> list[float]:
     known = results["metrics"]["final"] | figures
     for name in names:
         if name not in known:
-            raise JobError(f"`objective` must be one of {', '.join(known)}, or a list of them, got {name!r}")
+            raise JobError(
+                f"`objective` must be one of {', '.join(known)}, or a list of them, got {name!r}"
+                f"{did_you_mean(name, known)}"
+            )
     return [known[name] for name in names]
 
 
@@ -96,12 +105,29 @@ def _run(config: DictConfig, folder: Path, about: dict[str, Any]) -> dict[str, A
 
     quieten()
     try:
+        require_numbers(config, "seed", "dense.max_epochs")
         return run(config, folder, about)
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
         raise JobError(f"{where}: {error.__cause__ or error}") from error
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         raise JobError(str(error)) from error
+
+
+def require_numbers(config: DictConfig, *names: str) -> None:
+    """Raise unless settings are whole numbers; what else they are is found out late, and deep within Lightning.
+
+    Args:
+        config: a job's configuration.
+        names: dotted names of settings.
+
+    Raises:
+        ValueError: one is something else.
+    """
+    for name in names:
+        value = OmegaConf.select(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}")
 
 
 if __name__ == "__main__":

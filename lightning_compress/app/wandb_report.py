@@ -12,6 +12,14 @@ from lightning_compress.extras import require_extra
 
 __all__ = ["build_report", "main"]
 
+_EXAMPLES = """examples:
+  lightning-compress-wandb-report --project lightning-compress              of all jobs
+  lightning-compress-wandb-report --project mine --group my-sweep           of one sweep
+  lightning-compress-wandb-report --project mine --metric final/test/loss
+  lightning-compress-wandb-report --project mine --dry-run                  prints it, without a login
+
+Jobs are logged with lightning-compress logger=wandb logger.wandb.project=mine."""
+
 _COSTS = ("macs", "bytes")
 
 
@@ -26,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="lightning-compress-wandb-report",
-        description="Make a W&B report of jobs: accuracy against MACs and bytes, side by side, and a table.",
+        description="Make a W&B report of jobs: accuracy against MACs and bytes, side by side.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--project", required=True, help="the project that the jobs were logged to")
     parser.add_argument("--entity", default="", help="whose project it is; by default your own")

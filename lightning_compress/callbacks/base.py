@@ -30,6 +30,7 @@ from lightning_compress.callbacks.timing import Milestone, milestones
 from lightning_compress.checkpoints import record_edits
 from lightning_compress.edits import Edit, Quantize, apply_edits, edits_from_json, edits_to_json, history
 from lightning_compress.schedule import SCHEDULES
+from lightning_compress.wording import require_choice
 
 __all__ = ["CompressionCallback"]
 
@@ -79,8 +80,7 @@ class CompressionCallback(pl.Callback):
             raise ValueError(f"`start` must not be after `end`, got start={start}, end={end}")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        require_choice("schedule", schedule, SCHEDULES)
         self.start, self.end, self.steps, self.schedule, self.network = start, end, steps, schedule, network
         self.done = 0.0
         self.dense: dict[str, float] = {}

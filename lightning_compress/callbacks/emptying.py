@@ -24,6 +24,7 @@ from lightning_compress.methods.regularization import (
     norm_scales,
     pull_scales,
 )
+from lightning_compress.wording import require_choice
 
 __all__ = ["Emptying", "Marked"]
 
@@ -88,7 +89,7 @@ class Emptying:
             if strength is not None:
                 raise ValueError(f"`strength`={strength!r} goes with `regularization`, which is None")
         elif regularization not in REGULARIZATIONS:
-            raise ValueError(f"`regularization` must be one of {', '.join(REGULARIZATIONS)}, got {regularization!r}")
+            require_choice("regularization", regularization, REGULARIZATIONS)
         else:
             _check_together(regularization, strength, criterion, start, end)
         self.regularization = regularization

@@ -12,6 +12,7 @@ from lightning_compress.methods.factorization import ORIGIN, Rank, check_rank, l
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.planning import Allocation, Planner
 from lightning_compress.methods.sequential import Planned
+from lightning_compress.wording import require_choice
 
 __all__ = ["LowRankFactorization"]
 
@@ -84,8 +85,7 @@ class LowRankFactorization(LayerReplacement):
             raise ValueError(f"give either `budget` or `rank`, got budget={budget!r} and rank={rank!r}")
         if rank is not None:
             check_rank(rank)
-        if allocation not in get_args(Allocation):
-            raise ValueError(f"`allocation` must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
+        require_choice("allocation", allocation, get_args(Allocation))
         low_rank_forms(decomposition, round_to)
         self.decomposition, self.rank, self.round_to, self.allocation = decomposition, rank, round_to, allocation
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.edits import Companions, companion
-from lightning_compress.methods.patterns import matches, unmatched
+from lightning_compress.methods.patterns import matches, no_match, unmatched
 
 __all__ = ["HeldWeights"]
 
@@ -74,7 +74,7 @@ class HeldWeights(CompressionCallback):
         """
         nothing = unmatched(network, [*self.exclude, *patterns])
         if nothing is not None:
-            raise MisconfigurationException(f"pattern {nothing!r} matches no parameter and no module")
+            raise MisconfigurationException(no_match(network, nothing))
         chosen, left = self.choose(network)
         if not chosen:
             why = "; ".join(f"{name} {reason}" for name, reason in list(left.items())[:5])

@@ -61,7 +61,7 @@ class LowBitWeights(HeldWeights):
     Example:
         >>> LowBitWeights("quaternary")
         Traceback (most recent call last):
-        ValueError: `kind` must be one of binary, xnor, ternary, ttq, dkm, got 'quaternary'
+        ValueError: `kind` must be one of binary, xnor, ternary, ttq, dkm, got 'quaternary'; did you mean ...
     """
 
     role: ClassVar[str] = "latent"

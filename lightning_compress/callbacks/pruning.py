@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress.budget import Budget
+from lightning_compress.budget import Budget, require_budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.emptying import Emptying, Marked
@@ -87,8 +87,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Check the arguments."""
         super().__init__(start=start, end=end, steps=steps, schedule=schedule, network=network)
-        if not isinstance(budget, Budget):
-            raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
+        require_budget(budget)
         budget.refuse("bit_operations")
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")

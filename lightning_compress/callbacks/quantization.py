@@ -26,6 +26,7 @@ from lightning_compress.methods.quantization import BITS, set_steps
 from lightning_compress.methods.steps import RULES, StepTraining
 from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quiet import without_observers
+from lightning_compress.wording import require_choice
 
 __all__ = ["Quantization"]
 
@@ -114,8 +115,7 @@ class Quantization(CompressionCallback):
         )
         if not isinstance(freeze, int | float) or isinstance(freeze, bool) or not 0 <= freeze <= 1:
             raise ValueError(f"`freeze` must be a fraction in [0, 1], got {freeze!r}")
-        if learn not in RULES:
-            raise ValueError(f"`learn` must be one of {', '.join(RULES)}, got {learn!r}")
+        require_choice("learn", learn, RULES)
         if isinstance(step_lr, bool) or not isinstance(step_lr, int | float) or not 0 < step_lr <= 1:
             raise ValueError(f"`step_lr` must be in (0, 1], got {step_lr!r}")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_compress.budget import Budget
+from lightning_compress.budget import Budget, require_budget
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.edits import Edit, Replace, history
@@ -18,6 +18,7 @@ from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.planning import Planner
 from lightning_compress.methods.sequential import Fit, Planned, fit, replacement
+from lightning_compress.wording import require_choice
 
 __all__ = ["LayerReplacement"]
 
@@ -49,12 +50,10 @@ class LayerReplacement(CompressionCallback):
     ) -> None:
         """Check the arguments."""
         super().__init__(**life)
-        if budget is not None and not isinstance(budget, Budget):
-            raise ValueError(f"`budget` must be a Budget, e.g. Budget(macs=0.5), got {budget!r}")
         if budget is not None:
+            require_budget(budget)
             budget.refuse("bit_operations")
-        if init not in get_args(Init):
-            raise ValueError(f"`init` must be one of {', '.join(get_args(Init))}, got {init!r}")
+        require_choice("init", init, get_args(Init))
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"`samples` must be an integer of at least 1, got {samples!r}")
         self.budget, self.init, self.samples, self.exclude = budget, init, samples, tuple(exclude)

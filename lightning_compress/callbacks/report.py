@@ -27,6 +27,7 @@ from lightning_compress.footprint import measure
 from lightning_compress.latency import BATCH_SIZES, compare_latency
 from lightning_compress.quiet import without_observers
 from lightning_compress.results import Metric, Results
+from lightning_compress.wording import did_you_mean
 
 __all__ = ["CompressionReport"]
 
@@ -74,6 +75,8 @@ class CompressionReport(L.Callback):
         onnx: bool | None = None,
     ) -> None:
         """Check the arguments."""
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"`path` must name the file of the artifact, e.g. 'compressed.safetensors', got {path!r}")
         self.path = Path(path)
         self.results_path = self.path.parent / results
         for name, file in (("path", self.path), ("results", self.results_path)):
@@ -209,7 +212,7 @@ class CompressionReport(L.Callback):
         if self.metric not in values:
             raise MisconfigurationException(
                 f"metric={self.metric!r} is not logged in validation by {type(pl_module).__name__}; "
-                f"it logs {', '.join(values) or 'nothing'}"
+                f"it logs {', '.join(values) or 'nothing'}{did_you_mean(self.metric, values)}"
             )
         return values[self.metric]
 

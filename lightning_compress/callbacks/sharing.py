@@ -21,6 +21,7 @@ from lightning_compress.methods.coding import encode
 from lightning_compress.methods.patterns import matches
 from lightning_compress.methods.sharing import MAX_BITS, Start, cluster, settle, share_within, tie
 from lightning_compress.optimizers import states_like
+from lightning_compress.wording import require_choice
 
 __all__ = ["WeightSharing"]
 
@@ -76,12 +77,11 @@ class WeightSharing(HeldWeights):
         if (bits is None) == (budget is None):
             raise ValueError(f"give either `bits` or `budget`, got bits={bits!r} and budget={budget!r}")
         if budget is not None and (not isinstance(budget, Budget) or budget.given().keys() != {"bytes"}):
-            raise ValueError(f"`budget` must be one of bytes, e.g. Budget(bytes=0.1), got {budget!r}")
+            raise ValueError(f"`budget` must be a Budget of bytes alone, e.g. Budget(bytes=0.1), got {budget!r}")
         for value in bits.values() if isinstance(bits, Mapping) else [] if bits is None else [bits]:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BITS:
                 raise ValueError(f"`bits` must be from 1 to {MAX_BITS}, got {value!r}")
-        if clustering not in get_args(Start):
-            raise ValueError(f"`clustering` must be one of {', '.join(get_args(Start))}, got {clustering!r}")
+        require_choice("clustering", clustering, get_args(Start))
         if gradient not in ("mean", "sum"):
             raise ValueError(f"`gradient` must be mean or sum, got {gradient!r}")
         for name, count in (("groups", groups), ("samples", samples)):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_compress.budget import as_fraction
 from lightning_compress.callbacks.capture import Captured, capture
 from lightning_compress.callbacks.losses import visit_losses
 from lightning_compress.callbacks.masked import MaskedWeights, Regrowth
@@ -21,6 +22,7 @@ from lightning_compress.methods.grasp import hessian_gradient
 from lightning_compress.methods.scoring import AT_START, CRITERIA, SIGNED, bury, gather, score
 from lightning_compress.methods.semi_structured import sparse_layers
 from lightning_compress.methods.sparsity import ALLOCATIONS, Pattern, make_masks, silence
+from lightning_compress.wording import require_choice
 
 __all__ = ["WeightPruning"]
 
@@ -89,11 +91,10 @@ class WeightPruning(MaskedWeights):
         super().__init__(exclude=exclude, start=start, end=end, steps=steps, schedule=schedule, network=network)
         self.pattern = Pattern(pattern)
         for name, value, known in (("criterion", criterion, CRITERIA), ("allocation", allocation, ALLOCATIONS)):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+            require_choice(name, value, known)
         for name, share, top in (("sparsity", sparsity, 1), ("regrow", regrow, 1), ("floor", floor, 1)):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < top:
-                raise ValueError(f"`{name}` must be a share in [0, 1), got {share!r}")
+                raise ValueError(f"`{name}` must be a share in [0, 1), e.g. 0.9, got {share!r}{as_fraction(share)}")
         if not sparsity:
             raise ValueError("`sparsity` must be above 0")
         for name, count in (("every", every), ("samples", samples)):

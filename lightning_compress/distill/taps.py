@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.wording import near_names
 
 __all__ = ["DistillationError", "Taps", "logits_of"]
 
@@ -47,8 +48,8 @@ class Taps:
         self.names = tuple(dict.fromkeys(names))
         for name in self.names:
             if name not in layers:
-                near = difflib.get_close_matches(name, layers, n=5, cutoff=0.4) or [n for n in layers if n][:5]
-                raise DistillationError(f"the {who} has no layer {name!r}; near names: {', '.join(near)}")
+                near = near_names(name, list(layers))
+                raise DistillationError(f"the {who} has no layer {name!r}; near names: {near}")
         self._handles: list[RemovableHandle] = []
         for name in self.names:
             # A compiled network is called through its wrapper.

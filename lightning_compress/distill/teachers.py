@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.artifact import load_compressed
+from lightning_compress.calls import shown_inputs
 from lightning_compress.distill.taps import DistillationError, Taps, logits_of
 from lightning_compress.edits import apply_edits, edits_from_json, rewind_edits, skeleton
 from lightning_compress.quiet import without_observers
+from lightning_compress.wording import require_choice
 
 __all__ = ["EXITS", "SELF", "FrozenTeacher", "Teacher", "as_teachers", "load_teacher"]
 
@@ -47,7 +49,7 @@ class Teacher:
     Example:
         >>> Teacher("teacher.ckpt", precision="int8")
         Traceback (most recent call last):
-        ValueError: `precision` must be one of fp32, bf16, fp16 or None, got 'int8'
+        ValueError: `precision` must be one of fp32, bf16, fp16, None, got 'int8'
     """
 
     source: nn.Module | str | Path
@@ -59,9 +61,12 @@ class Teacher:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module | str | Path):
-            raise ValueError(f"a teacher must be a network, a path or a name, got {self.source!r}")
+            raise ValueError(
+                "a teacher must be a network, the path of a checkpoint or an artifact, 'timm/NAME', 'torchvision/NAME' "
+                f"or 'self', got {self.source!r}"
+            )
         if self.precision not in (None, *get_args(TeacherPrecision)):
-            raise ValueError(f"`precision` must be one of fp32, bf16, fp16 or None, got {self.precision!r}")
+            require_choice("precision", self.precision, (*_DTYPES, None))
         if not self.weight > 0:
             raise ValueError(f"a teacher's `weight` must be above 0, got {self.weight!r}")
 
@@ -198,7 +203,7 @@ class FrozenTeacher:
         """The outputs wanted, by name, for a call of the student.
 
         Raises:
-            DistillationError: a value that is not finite.
+            DistillationError: the teacher does not take what the student gets, or gives a value that is not finite.
         """
         args, kwargs = pytree.tree_map_only(Tensor, self._convert, (args, dict(kwargs)))
         taps = self._taps
@@ -207,6 +212,13 @@ class FrozenTeacher:
         try:
             with torch.no_grad(), self._precision(args):
                 self._call(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DistillationError(
+                f"the teacher {self.spec.name} cannot be called with what the student gets, "
+                f"{shown_inputs(args, kwargs)}: {error}; give a teacher that takes the same inputs"
+            ) from error
         finally:
             taps.open = False
         outputs = {name: logits_of(value, "teacher", name) for name, value in taps.take().items()}

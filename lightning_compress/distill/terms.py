@@ -44,7 +44,10 @@ class Term:
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
-            raise ValueError(f"`loss` must be called as loss(student, teacher, target), got {self.loss!r}")
+            raise ValueError(
+                "`loss` must be a loss, e.g. KD() of lightning_compress.distill.losses, or called as loss(student, "
+                f"teacher, target), got {self.loss!r}; several go in a mapping, losses={{'kd': KD(), ...}}"
+            )
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise ValueError(f"`weight` must be a number of at least 0, got {self.weight!r}")
         student, teacher = _names(self.student), _names(self.student if self.teacher is None else self.teacher)
@@ -82,7 +85,7 @@ def as_terms(losses: Loss | Term | Mapping[str, Loss | Term]) -> dict[str, Term]
         name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
         losses = {name.lower(): losses}
     if not losses:
-        raise ValueError("`losses` is empty: there is nothing to distil by")
+        raise ValueError("`losses` is empty: there is nothing to distil by; give a loss, e.g. {'kd': KD()}")
     for name in losses:
         if not isinstance(name, str) or not name or "." in name or "/" in name:
             raise ValueError(f"a loss's name must be a string without dots and slashes, got {name!r}")

@@ -79,7 +79,9 @@ class Quantize:
             if path not in modules:
                 raise EditError(f"edit of {path!r}: the network has no such module; is it another architecture?")
             if scope_of(modules[path]) is not None:
-                raise EditError(f"edit of {path!r}: it is quantized already")
+                raise EditError(
+                    f"edit of {path!r}: it is quantized already; quantize a network that is not, freshly made or loaded"
+                )
         for name in self.weights:
             found = tensors.get(name)
             if not isinstance(found, nn.Parameter) or found.dim() < 2:

@@ -42,6 +42,11 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> list[Change | Replac
         EditError: an edit names a tensor or layer that is not there, or that has another shape. Nothing was changed.
     """
     edits = list(edits)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(
+                f"`edits` must be a list of edits, got {edit!r:.60} in it; edits_from_json makes edits of JSON data"
+            )
     trial = model
     if len(edits) > 1:  # what an edit finds is what those before it left
         with without_observers(model):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_compress.budget import BudgetError, bisect
+from lightning_compress.budget import BudgetError, bisect, meant_as_share
 
 __all__ = ["Option", "allocate", "share_out"]
 
@@ -193,4 +193,5 @@ def _refusal(options: Sequence[Sequence[Option]], rest: Costs, limits: Costs) ->
         f"a budget of {limits[worst]:,.0f} {worst} cannot be met: this network has {dense(worst):,.0f}, and the lowest "
         f"reachable by replacing layers is {lowest(worst):,.0f} ({lowest(worst) / max(dense(worst), 1e-300):.3f} of "
         f"it), with {can} layers that can be made cheaper; ask for more, or combine with another method"
+        f"{meant_as_share(worst, limits[worst])}"
     )

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.budget import BudgetError, bisect
+from lightning_compress.budget import BudgetError, bisect, meant_as_share
 from lightning_compress.coupling import Coupling, Group, Mask
 from lightning_compress.coupling.labels import Vector
 from lightning_compress.edits import named_tensors
 from lightning_compress.methods.criteria import Scores, check_criterion
+from lightning_compress.wording import require_choice
 
 __all__ = ["Chooser", "Ranking", "Selection", "costs", "structure"]
 
@@ -62,8 +63,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         check_criterion(self.criterion)
-        if self.ranking not in get_args(Ranking):
-            raise ValueError(f"`ranking` must be one of {', '.join(get_args(Ranking))}, got {self.ranking!r}")
+        require_choice("ranking", self.ranking, get_args(Ranking))
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
         if isinstance(self.exclude, str):
@@ -254,4 +254,5 @@ class Chooser:
             f"a budget of {limits[worst]:,.0f} {worst} cannot be met: this network has {dense[worst]:,.0f}, and the "
             f"lowest reachable by cutting channels is {share}, with floor={self.selection.floor} and "
             f"{len(self.groups)} layers that can be cut; ask for more, or lower `floor`"
+            f"{meant_as_share(worst, limits[worst])}"
         )

@@ -19,6 +19,7 @@ from lightning_compress.coupling import Coupling, Location
 from lightning_compress.methods.calibration import input_norms
 from lightning_compress.methods.regularization import NORMS
 from lightning_compress.methods.sparsity import lamp as relative_to_above
+from lightning_compress.wording import require_choice
 
 __all__ = [
     "CRITERIA",
@@ -141,8 +142,7 @@ GATHERED = ("taylor", "fisher")
 
 def check_criterion(name: str) -> None:
     """Raise ValueError, with the list of what there is, unless `name` is a criterion."""
-    if name not in CRITERIA:
-        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {name!r}")
+    require_choice("criterion", name, CRITERIA)
 
 
 def gradient_terms(

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.budget import Budget
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.budget import Budget, require_budget
+from lightning_compress.calls import Call, as_calls, explain_inputs
 from lightning_compress.methods.approximation import Candidate, Form, Init
 from lightning_compress.methods.forms import DECOMPOSITIONS
 from lightning_compress.methods.measured import Stopwatch
@@ -17,6 +17,7 @@ from lightning_compress.methods.planning import Allocation, Planner, Replaced, r
 from lightning_compress.methods.replaceable import Layer
 from lightning_compress.methods.sequential import Planned
 from lightning_compress.methods.vbmf import vbmf_rank
+from lightning_compress.wording import require_choice
 
 __all__ = ["ORIGIN", "Rank", "check_rank", "factorize", "low_rank_forms", "plan_ranks"]
 
@@ -31,8 +32,7 @@ def low_rank_forms(decomposition: str, round_to: int = 1) -> list[Form]:
     Raises:
         ValueError: there is none of that name; `round_to` is below 1.
     """
-    if decomposition not in DECOMPOSITIONS:
-        raise ValueError(f"`decomposition` must be one of {', '.join(DECOMPOSITIONS)}, got {decomposition!r}")
+    require_choice("decomposition", decomposition, DECOMPOSITIONS)
     return [replace(DECOMPOSITIONS[name], round_to=round_to) for name in (decomposition, "channel")]
 
 
@@ -114,6 +114,7 @@ def _by_vbmf(layer: Layer, candidates: Sequence[Candidate]) -> Candidate | None:
     return Candidate(ranks, float("nan"))
 
 
+@explain_inputs
 def factorize(
     model: nn.Module,
     inputs: Tensor | Call | Sequence[Any],
@@ -162,7 +163,10 @@ def factorize(
         (True, 'spatial')
     """
     if (budget is None) == (rank is None):
-        raise ValueError("give either a budget or a rank")
+        came = "neither" if rank is None else "both"
+        raise ValueError(f"give either a budget, e.g. Budget(macs=0.5), or a rank, e.g. 'energy:0.95', got {came}")
+    if budget is not None:
+        require_budget(budget)
     forms = low_rank_forms(decomposition, round_to)
     calls = as_calls(inputs)
     data = calls if calibration is None and init == "data" else tuple(calibration or ())

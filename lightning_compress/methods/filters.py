@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.budget import Budget
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.budget import Budget, require_budget
+from lightning_compress.calls import Call, as_calls, explain_inputs
 from lightning_compress.methods.approximation import Form, Init
 from lightning_compress.methods.forms import COMPACT
 from lightning_compress.methods.measured import Stopwatch
 from lightning_compress.methods.planning import Planner, Replaced, replace_layers
+from lightning_compress.wording import did_you_mean, require_choice
 
 __all__ = ["ORIGIN", "compact_filters", "compact_form"]
 
@@ -38,17 +39,17 @@ def compact_form(operator: str, **options: Any) -> Form:
         Traceback (most recent call last):
         ValueError: operator 'ghost' has no option `rank`; it has kernel, ratio
     """
-    if operator not in COMPACT:
-        raise ValueError(f"`operator` must be one of {', '.join(COMPACT)}, got {operator!r}")
+    require_choice("operator", operator, COMPACT)
     kind = COMPACT[operator]
     known = sorted(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
     for name in options:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"operator {operator!r} has no option `{name}`; {has}")
+            raise ValueError(f"operator {operator!r} has no option `{name}`; {has}{did_you_mean(name, known)}")
     return kind(**options)
 
 
+@explain_inputs
 def compact_filters(
     model: nn.Module,
     inputs: Tensor | Call | Sequence[Any],
@@ -88,6 +89,8 @@ def compact_filters(
         [16, 1]
     """
     form = compact_form(operator, **options)
+    if budget is not None:
+        require_budget(budget)
     calls = as_calls(inputs)
     data = calls if calibration is None and init == "data" else tuple(calibration or ())
     planner = Planner(model, calls, [form], data if init == "data" else (), exclude)

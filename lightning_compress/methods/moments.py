@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.methods.geometry import Geometry
+from lightning_compress.wording import NOT_FINITE
 
 __all__ = ["Moments", "Objective"]
 
@@ -123,7 +124,7 @@ class Moments:
         """
         second, patch, _, square = self._means()
         if not (torch.isfinite(second).all() and torch.isfinite(square).all()):
-            raise ValueError("calibration data gives values that are not finite")
+            raise ValueError(NOT_FINITE)
         return second - patch[..., None] * patch[..., None, :] if centred else second, patch
 
     def objective(self, centred: bool, weight: Tensor | None = None) -> Objective:
@@ -154,5 +155,5 @@ class Moments:
 
     def _means(self) -> tuple[Tensor, ...]:
         if self._sums is None:
-            raise ValueError("no calibration data reached the layer")
+            raise ValueError("no calibration data reached the layer: is it used at all? Else name it in `exclude`")
         return tuple(total / self.count for total in self._sums[:4])

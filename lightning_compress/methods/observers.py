@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_compress.grids import Grid, round_to
+from lightning_compress.wording import NOT_FINITE
 
 __all__ = ["OBSERVERS", "Seen", "grid_for", "steps_for"]
 
@@ -49,7 +50,7 @@ class Seen:
         flat = value.detach().float().flatten()
         low, high = (float(end) for end in flat.aminmax())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError("calibration data gives values that are not finite")
+            raise ValueError(NOT_FINITE)
         self.low, self.high = min(self.low, low), max(self.high, high)
         stride = max(1, len(flat) // SAMPLE)
         stride += stride % 2 == 0 and stride > 1  # odd, so that it does not fall in with the sides of an image

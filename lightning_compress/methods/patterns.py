@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_compress.wording import near_names
+
 __all__ = ["matches", "unmatched"]
 
 
@@ -25,3 +27,21 @@ def unmatched(network: nn.Module, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches no parameter and no module of a network."""
     names = {*dict(network.named_parameters()), *dict(network.named_modules())}
     return next((p for p in patterns if not any(fnmatchcase(name, p) for name in names)), None)
+
+
+def no_match(network: nn.Module, pattern: str) -> str:
+    """What is said of a pattern that matches nothing.
+
+    Args:
+        network: whose names are looked for.
+        pattern: that matches none of them.
+
+    Example:
+        >>> no_match(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "fc*")
+        "pattern 'fc*' matches no parameter and no module of the network; near names: 0, 1"
+    """
+    modules = [name for name, _ in network.named_modules() if name]
+    return (
+        f"pattern {pattern!r} matches no parameter and no module of the network; near names: "
+        f"{near_names(pattern, modules)}"
+    )

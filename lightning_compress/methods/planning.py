@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.budget import BudgetError
+from lightning_compress.budget import BudgetError, meant_as_share
 from lightning_compress.calls import Call
 from lightning_compress.edits import Edit, Replace, Spec, apply_edits, renew, skeleton
 from lightning_compress.footprint import measure
@@ -28,6 +27,7 @@ from lightning_compress.methods.replaceable import Layer, find_layers
 from lightning_compress.methods.sequential import Planned, fit, replacement
 from lightning_compress.methods.timing import time_candidates
 from lightning_compress.quiet import without_observers
+from lightning_compress.wording import near_names, require_choice
 
 __all__ = ["Allocation", "Planner", "Replaced", "replace_layers"]
 
@@ -135,8 +135,7 @@ class Planner:
             BudgetError: the limits cannot be met, with the lowest that can.
             ValueError: an unknown allocation; a limit on latency without a stopwatch.
         """
-        if allocation not in get_args(Allocation):
-            raise ValueError(f"`allocation` must be one of {', '.join(get_args(Allocation))}, got {allocation!r}")
+        require_choice("allocation", allocation, get_args(Allocation))
         timed = {}
         if "latency" in limits:
             if stopwatch is None:
@@ -166,7 +165,8 @@ class Planner:
             least = limits[unit] + over[unit]
             raise BudgetError(
                 f"a budget of {limits[unit]:,.0f} {unit} cannot be met: this network has {dense[unit]:,.0f}, and the "
-                f"lowest reachable by replacing layers is {least:,.0f} ({least / dense[unit]:.3f} of it), as measured"
+                f"lowest reachable by replacing layers is {least:,.0f} ({least / dense[unit]:.3f} of it), as measured; "
+                f"ask for more, or combine with another method{meant_as_share(unit, limits[unit])}"
             )
         low, high = 0.0, 1.0
         for _ in range(PROBES):
@@ -226,8 +226,8 @@ class Planner:
         for pattern in patterns:
             matched = [name for name in modules if fnmatchcase(name, pattern)]
             if not matched:
-                near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or modules[:5]
-                raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near)}")
+                near = near_names(pattern, modules)
+                raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {near}")
             for layer in self.layers.found:
                 if any(layer.path == name or layer.path.startswith(f"{name}.") for name in matched):
                     excluded[layer.path] = f"excluded by pattern {pattern!r}"

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.budget import Budget, BudgetError
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.budget import Budget, BudgetError, meant_as_share, require_budget
+from lightning_compress.calls import Call, as_calls, explain_inputs
 from lightning_compress.edits import Quantize, apply_edits, skeleton
 from lightning_compress.methods.equalization import equalize
 from lightning_compress.methods.mixed import FLOAT_BITS, measure_bits, share_bits
 from lightning_compress.methods.observers import OBSERVERS
-from lightning_compress.methods.patterns import matches, unmatched
+from lightning_compress.methods.patterns import matches, no_match, unmatched
 from lightning_compress.methods.placement import Placement, find_places
 from lightning_compress.methods.quantization import BITS, VALUE_BITS, calibrate, plan
 from lightning_compress.methods.rounding import ROUNDINGS, fit_rounding
 from lightning_compress.methods.targets import TARGETS, this_machine
 from lightning_compress.quiet import without_observers
+from lightning_compress.wording import require_choice
 
 __all__ = ["Precision", "Prepared", "prepare", "quantize"]
 
@@ -70,17 +71,16 @@ class Precision:
 
     def __post_init__(self) -> None:
         for value in self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]:
-            _one_of("bits", value, BITS)
-        _one_of("value_bits", self.value_bits, VALUE_BITS)
-        _one_of("observer", self.observer, tuple(OBSERVERS))
-        _one_of("rounding", self.rounding, ROUNDINGS)
-        _one_of("target", self.target, (None, *TARGETS))
+            require_choice("bits", value, BITS)
+        require_choice("value_bits", self.value_bits, VALUE_BITS)
+        require_choice("observer", self.observer, tuple(OBSERVERS))
+        require_choice("rounding", self.rounding, ROUNDINGS)
+        require_choice("target", self.target, (None, *TARGETS))
         for name in ("ends", "equalization"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}")
         if self.budget is not None:
-            if not isinstance(self.budget, Budget):
-                raise ValueError(f"`budget` must be a Budget, e.g. Budget(bytes=0.1), got {self.budget!r}")
+            require_budget(self.budget, "Budget(bytes=0.1)")
             self.budget.refuse("macs", "params", "latency")
             if self.bits != 8:
                 raise ValueError(f"give either `bits` or `budget`, got bits={self.bits!r} and budget={self.budget!r}")
@@ -139,7 +139,7 @@ def places(model: nn.Module, calls: Sequence[Call], precision: Precision) -> Pla
     """
     nothing = unmatched(model, precision.patterns())
     if nothing is not None:
-        raise ValueError(f"pattern {nothing!r} matches no parameter and no module")
+        raise ValueError(no_match(model, nothing))
 
     def excluded(name: str) -> str | None:
         found = [pattern for pattern in precision.exclude if matches(name, pattern)]
@@ -159,7 +159,7 @@ def check_data(calls: Sequence[Call]) -> None:
         ValueError: there is not.
     """
     if not any(tensor.numel() for call in calls for tensor in call.tensors()):
-        raise ValueError("quantization needs calibration data: a few hundred inputs")
+        raise ValueError("quantization needs calibration data, and the inputs hold none: give a few hundred of them")
 
 
 def prepare(
@@ -229,9 +229,13 @@ def _within(
         if prepared.bytes <= limit:
             return prepared
         reserve += prepared.bytes - limit  # weights rounded together are coded less well than those foreseen
-    raise BudgetError(f"a budget of {limit:,.0f} bytes cannot be met: the best file has {prepared.bytes:,.0f}")
+    raise BudgetError(
+        f"a budget of {limit:,.0f} bytes cannot be met: the best file found has {prepared.bytes:,.0f}; ask for that "
+        f"much, or take WeightSharing, whose files are smaller{meant_as_share('bytes', limit)}"
+    )
 
 
+@explain_inputs
 def quantize(model: nn.Module, inputs: Tensor | Call | Sequence[Any], **precision: Any) -> Prepared:
     """Quantize a trained network, without training.
 
@@ -280,8 +284,3 @@ def regrid(prepared: Quantize, bits: Mapping[str, int]) -> Quantize:
     changed = {name: grid for name, grid in new.items() if grid != prepared.weights[name]}
     old = {name: prepared.weights[name] for name in changed}
     return replace(prepared, weights=changed, before=old, values={}, inputs={}, scopes=(), folded=())
-
-
-def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if isinstance(value, bool) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_compress.budget import Budget
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.budget import Budget, as_fraction, require_budget
+from lightning_compress.calls import Call, as_calls, explain_inputs
 from lightning_compress.coupling import Coupling, Location, Mask, Settled, settle, trace_coupling
 from lightning_compress.edits import Edit, apply_edits, named_tensors
 from lightning_compress.methods.choosing import Chooser, Ranking, Selection, costs
@@ -20,6 +19,7 @@ from lightning_compress.methods.criteria import activation_terms, score_channels
 from lightning_compress.methods.measured import Stopwatch, within_bytes, within_latency
 from lightning_compress.methods.refit import Refit
 from lightning_compress.methods.sensitivity import measure_sensitivity, weigh
+from lightning_compress.wording import near_names
 
 __all__ = ["Pruning", "freeze_kept", "plan_channels", "prune_channels"]
 
@@ -76,14 +76,18 @@ def plan_channels(
         ValueError: no channel can be cut at all; a pattern that matches nothing; scores that are not finite.
     """
     if (limits is None) == (ratio is None):
-        raise ValueError("give either a budget or a ratio")
+        raise ValueError(
+            f"give either a budget, e.g. Budget(macs=0.5), or a ratio, got {'neither' if ratio is None else 'both'}"
+        )
     if ratio is not None and not 0 < ratio < 1:
-        raise ValueError(f"`ratio` must be in (0, 1), got {ratio!r}")
+        raise ValueError(f"`ratio` must be a fraction of the channels in (0, 1), got {ratio!r}{as_fraction(ratio)}")
     model = coupling.model
     freeze_kept(coupling, selection.exclude, keep)
     if not coupling.groups:
         why = "; ".join(sorted(set(coupling.reasons.values()))[:5])
-        raise ValueError(f"there is no channel in this network that could be cut: {why}")
+        if len(coupling.calls) > 1 and all(call.path for call in coupling.calls):
+            why += "; its parts are called one by one, so that channels cannot be followed: call the network as a whole"
+        raise ValueError(f"there is no channel in this network that could be cut: {why or 'it has no layers'}")
     scores = score_channels(coupling, selection.criterion, saliency, seed)
     if selection.sensitivity:
         measured = measure_sensitivity(coupling, scores, calibration or coupling.calls)
@@ -111,6 +115,7 @@ def plan_channels(
     return within_latency(model, coupling, propose_bytes, limits, stopwatch, least)
 
 
+@explain_inputs
 def prune_channels(
     model: nn.Module,
     inputs: Tensor | Call | Sequence[Any],
@@ -156,6 +161,9 @@ def prune_channels(
         >>> pruning.proof, 0.48 < after / before <= 0.5
         ('exact', True)
     """
+    if budget is not None:
+        require_budget(budget)
+        budget.refuse("bit_operations")
     least = (Selection.floor if ratio is None else 0.0) if floor is None else floor
     selection = Selection(criterion, ranking, round_to, tuple(exclude), least, sensitivity)
     calls = as_calls(inputs)
@@ -207,8 +215,8 @@ def _exclude(coupling: Coupling, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         matched = [name for name in modules if fnmatchcase(name, pattern)]
         if not matched:
-            near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[1:6]
-            raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {', '.join(near)}")
+            near = near_names(pattern, list(modules))
+            raise ValueError(f"`exclude` pattern {pattern!r} matches no module; near names: {near}")
         inside = tuple(f"{module}." for module in matched if module)
         kept = []
         for (name, dim), classes in coupling.locations.items():

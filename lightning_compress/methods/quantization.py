@@ -21,6 +21,7 @@ from lightning_compress.methods.placement import Placement
 from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quantized import Rounding, scope_of, using
 from lightning_compress.quiet import undisturbed, without_observers
+from lightning_compress.wording import require_choice
 
 __all__ = [
     "BITS",
@@ -83,9 +84,8 @@ def calibrate(
         ValueError: no data, values that are not finite, or one that never comes up; the message names it.
     """
     if not calls:
-        raise ValueError("quantization needs calibration data: a few hundred inputs")
-    if observer not in OBSERVERS:
-        raise ValueError(f"`observer` must be one of {', '.join(OBSERVERS)}, got {observer!r}")
+        raise ValueError("quantization needs calibration data, and the inputs hold none: give a few hundred of them")
+    require_choice("observer", observer, OBSERVERS)
     set_steps(model, weights)
     observing = _Observing(model)
     with without_observers(model), undisturbed(model), using(observing):

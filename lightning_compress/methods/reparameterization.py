@@ -15,12 +15,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.calls import Call, as_calls
+from lightning_compress.calls import Call, as_calls, explain_inputs
 from lightning_compress.edits import Edit, Replace, Spec, apply_edits, build, describe
 from lightning_compress.layers import Chain, Sum
 from lightning_compress.methods.calibration import visit
 from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.replaceable import Layer, Layers, find_layers
+from lightning_compress.wording import require_choice
 
 __all__ = ["Kind", "expand", "reparameterize"]
 
@@ -59,6 +60,7 @@ class Branch:
         return torch.stack([blocks[g, :, g] for g in range(groups)])
 
 
+@explain_inputs
 def expand(model: nn.Module, inputs: Tensor | Call | Sequence[Any], kind: Kind = "repvgg") -> tuple[Edit, ...]:
     """Give the convolutions of a network parallel branches; what it computes stays the same.
 
@@ -90,8 +92,7 @@ def expand(model: nn.Module, inputs: Tensor | Call | Sequence[Any], kind: Kind =
         >>> torch.allclose(net(x), before, atol=1e-5), len(net[0])
         (True, 2)
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"`kind` must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    require_choice("kind", kind, get_args(Kind))
     calls = as_calls(inputs)
     layers = find_layers(model, calls, {})
     # branches end in BatchNorm, which has no transpose

@@ -24,6 +24,7 @@ from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.quantization import quantized_weights
 from lightning_compress.methods.replaceable import find_layers
 from lightning_compress.methods.sequential import Data
+from lightning_compress.wording import require_choice
 
 __all__ = ["ROUNDINGS", "fit_rounding", "round_jointly"]
 
@@ -50,8 +51,7 @@ def fit_rounding(model: nn.Module, quantized: nn.Module, calls: Sequence[Call], 
     Raises:
         ValueError: an unknown rounding.
     """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"`rounding` must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    require_choice("rounding", rounding, ROUNDINGS)
     if rounding == "nearest":
         return {}
     calls = _some(calls)

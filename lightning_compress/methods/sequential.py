@@ -23,6 +23,7 @@ from lightning_compress.methods.calibration import compare_outputs
 from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.replaceable import Layer, Layers
 from lightning_compress.quiet import without_observers
+from lightning_compress.wording import require_choice
 
 __all__ = ["Data", "Fit", "Init", "Planned", "fit", "replacement"]
 
@@ -159,8 +160,7 @@ def fit(
     Raises:
         ValueError: `init="data"` without data, or data with values that are not finite.
     """
-    if init not in get_args(Init):
-        raise ValueError(f"`init` must be one of {', '.join(get_args(Init))}, got {init!r}")
+    require_choice("init", init, get_args(Init))
     if init == "data" and not calls:
         raise ValueError('`init="data"` needs calibration data; without, use init="weights"')
     with without_observers(model):

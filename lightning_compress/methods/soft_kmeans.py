@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_compress.methods.latent import SCALED, Latent
 from lightning_compress.methods.sharing import cluster
+from lightning_compress.wording import require_choice
 
 __all__ = ["KINDS", "MAX_BITS", "DifferentiableKMeans", "make_latent"]
 
@@ -114,8 +115,7 @@ def make_latent(kind: str, granularity: str | None = None, bits: int | None = No
         Traceback (most recent call last):
         ValueError: `bits` must be from 1 to 4, got 9; for more use WeightSharing
     """
-    if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+    require_choice("kind", kind, KINDS)
     known = SCALED[kind].granularities if kind in SCALED else Latent.granularities
     if granularity is not None and granularity not in known:
         raise ValueError(f"`granularity` of kind={kind!r} must be {' or '.join(known)}, got {granularity!r}")

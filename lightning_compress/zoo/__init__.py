@@ -6,6 +6,7 @@ The networks are pure torch and load nothing else; tasks and data sets need Ligh
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress.zoo.bidirectional import ConvolutionalDBN, StackedConvAutoencoder
@@ -100,7 +101,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # with these two Python itself says what was perhaps meant
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 

@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn, optim
 
+from lightning_compress.wording import require_choice
+
 __all__ = ["OptimizerName", "ScheduleName", "check_optimization", "learning_rate_factor", "make_optimizer"]
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
@@ -92,8 +94,7 @@ def _optimizer(name: OptimizerName, settings: Any) -> Callable[[Iterable[nn.Para
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+    require_choice(name, value, choices)
 
 
 def _check_range(name: str, value: float, holds: bool, expected: str) -> None:

@@ -50,7 +50,10 @@ def test_the_worst_channels_are_zero_wherever_they_live() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"shares": [1.0]}, "between 0 and 1, got 1.0"), ({"metric": "val/auc"}, "one of val/loss, val/acc, got")],
+    [
+        ({"shares": [1.0]}, r"fractions of a layer's channels in \(0, 1\), got 1\.0"),
+        ({"metric": "val/auc"}, "one of val/loss, val/acc, got"),
+    ],
 )
 def test_a_mistake_is_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     task = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 10)), 10)

@@ -233,8 +233,8 @@ def before_and_after(model: nn.Module) -> tuple[Any, ...]:
         ({"rank": "energy"}, r"energy:X"),
         ({"rank": "best"}, r"must be energy:X, vbmf, an integer"),
         ({"rank": 0}, r"at least 1"),
-        ({}, r"either a budget or a rank"),
-        ({"budget": Budget(macs=0.5), "rank": 2}, r"either a budget or a rank"),
+        ({}, r"either a budget, .*, or a rank, .*, got neither"),
+        ({"budget": Budget(macs=0.5), "rank": 2}, r"either a budget, .*, or a rank, .*, got both"),
         (
             {"rank": 2, "decomposition": "svd"},
             r"`decomposition` must be one of spatial, channel, tucker, cp, got 'svd'",

@@ -190,7 +190,7 @@ def test_nothing_to_cut() -> None:
 
 def test_neither_or_both_of_budget_and_ratio() -> None:
     for arguments in ({}, {"budget": Budget(macs=0.5), "ratio": 0.5}):
-        with pytest.raises(ValueError, match="either a budget or a ratio"):
+        with pytest.raises(ValueError, match=r"either a budget, .* or a ratio, got (neither|both)"):
             prune_channels(network(), X, **arguments)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,15 @@ from lightning_compress.files import write_atomic
 __all__ = ["DashboardError", "main", "write_dashboard"]
 
 
+_EXAMPLES = """examples:
+  lightning-compress-dashboard outputs                      writes outputs/dashboard.html
+  lightning-compress-dashboard outputs --open               and opens it
+  lightning-compress-dashboard outputs --output page.html   under another name
+
+A sweep writes the page itself, beside its jobs. A run of your own is shown too, by the results.json of its
+CompressionReport."""
+
+
 class DashboardError(ValueError):
     """A folder of which no page can be made, or a place where none can be written."""
 
@@ -48,7 +57,8 @@ def write_dashboard(folder: str | os.PathLike[str], output: str | os.PathLike[st
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DashboardError(f"expected a folder with runs, got {os.fspath(folder)!r}: there is no such folder")
+        wrong = "it is a file" if root.exists() else "there is no such folder"
+        raise DashboardError(f"expected a folder with runs, got {os.fspath(folder)!r}: {wrong}")
     target = root / "dashboard.html" if output is None else Path(output)
     runs = gather(root)
     if not runs:
@@ -74,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-compress-dashboard",
         description="Write one HTML page of all runs below a folder, which opens without a server and a network.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="the output_dir of jobs or sweeps; it is searched with all in it")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: dashboard.html in the folder")

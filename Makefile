@@ -69,8 +69,7 @@ format: $(STAMP) ## ruff: rewrite what can be rewritten
 	$(BIN)/ruff format .
 
 notebooks: $(STAMP) ## run every notebook from top to bottom
-	@if compgen -G "notebooks/*.ipynb" > /dev/null; then $(BIN)/python -m pytest --nbmake notebooks; \
-		else echo "There are no notebooks yet."; fi
+	$(PYTEST) --nbmake notebooks
 
 docs: $(STAMP) ## build the documentation into site/; a broken link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

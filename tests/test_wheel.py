@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -134,3 +135,11 @@ def test_with_lightning_cli(clean: Clean, tmp_path: Path) -> None:
     text = clean.run("python", "main.py", "fit", *options, cwd=tmp_path)
     assert "In ONNX Runtime: int8 3 of 3" in " ".join(text.split())
     assert (tmp_path / "compressed.safetensors").is_file()
+
+
+def test_the_first_notebook_runs_as_a_script(clean: Clean, tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "notebooks" / "01_add_to_your_run.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "script.py").write_text(code)
+    text = clean.run("python", "script.py", cwd=tmp_path)
+    assert "the same digit on all 360 images" in text

@@ -82,6 +82,9 @@ def test_the_pages_are_built_without_a_broken_link_and_fetch_nothing(tmp_path: P
     formulas = (tmp_path / "methods" / "channel_pruning.html").read_text(encoding="utf-8")
     assert "<math" in formulas
     assert "arithmatex" not in formulas
+    examples = (tmp_path / "reference" / "losses.html").read_text(encoding="utf-8")
+    assert "Examples:" in examples
+    assert "<blockquote>" not in examples  # what `>>>` would be outside of code
 
 
 def test_every_message_in_the_troubleshooting_is_one_of_the_package() -> None:

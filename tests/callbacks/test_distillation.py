@@ -76,24 +76,22 @@ def test_equals_hand_written_when_compiled(tmp_path: Path) -> None:
     assert difference(ours, hand) <= 1e-6
 
 
-def in_processes(kind: str, folder: Path) -> list[dict[str, Any]]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.distill.ddp", kind, str(folder)]
+def test_equals_hand_written_in_two_processes_and_projectors_agree(tmp_path: Path) -> None:
+    kinds = ("callback", "hand", "projected")
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "tests.distill.ddp", str(tmp_path), *kinds]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def test_equals_hand_written_in_two_processes(tmp_path: Path) -> None:
-    ours, hand = in_processes("callback", tmp_path / "ours"), in_processes("hand", tmp_path / "hand")
-    for a, b in zip(ours, hand, strict=True):
-        for name, value in a["weights"].items():
-            assert torch.equal(value, b["weights"][name]), name
-
-
-def test_projectors_agree_in_two_processes(tmp_path: Path) -> None:
-    a, b = in_processes("projected", tmp_path / "run")
+    ours, hand, projected = (
+        [torch.load(tmp_path / kind / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)] for kind in kinds
+    )
+    for mine, theirs in zip(ours, hand, strict=True):
+        for name, value in mine["weights"].items():
+            assert torch.equal(value, theirs["weights"][name]), name
+    a, b = projected
     assert len(a["held"]) > len([n for n in a["weights"] if "running" not in n and "num_batches" not in n])
     for x, y in zip(a["held"], b["held"], strict=True):
         assert torch.equal(x, y)

@@ -1,4 +1,7 @@
-"""Distillation over two processes, by the callback or by hand. `python -m tests.distill.ddp KIND FOLDER`."""
+"""Distillation over two processes, by the callback or by hand, one run after another in the same ones.
+
+`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distill.ddp FOLDER KIND ...`
+"""
 
 from __future__ import annotations
 
@@ -28,4 +31,5 @@ def main(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for kind in sys.argv[2:]:
+        main(kind, Path(sys.argv[1]) / kind)

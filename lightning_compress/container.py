@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_compress.files import open_atomic
 from lightning_compress.methods.coding import CodingError, decode, encode, worth_trying
+from lightning_compress.waiting import following
 
 __all__ = ["ArtifactError", "container_bytes", "read_container", "storable", "write_container"]
 
@@ -171,7 +172,7 @@ def _coded(
     if _CODED in tensors:
         raise ArtifactError(f"cannot save a tensor of the name {_CODED!r}: it is that of the coded ones")
     codes: dict[str, bytes] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in following(tensors.items(), "coding tensors"):
         if worth_trying(tensor):
             code = encode(tensor)
             if len(code) + ENTRY < tensor.numel() * tensor.dtype.itemsize:
@@ -194,7 +195,7 @@ def _decoded(file: str, tensors: dict[str, Tensor], coded: Mapping[str, Any]) ->
     dtypes = {name: dtype for dtype, name in _TYPES.items()}
     blob, start, found = tensors.pop(_CODED).numpy().tobytes(), 0, {}
     try:
-        for name, (kind, shape, length) in coded["tensors"].items():
+        for name, (kind, shape, length) in following(coded["tensors"].items(), "decoding tensors"):
             found[name] = decode(blob[start : start + length], dtypes[kind], shape)
             start += length
     except CodingError as error:

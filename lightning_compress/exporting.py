@@ -26,6 +26,7 @@ from lightning_compress.onnx_file import OnnxError, write_onnx
 from lightning_compress.quantized import using
 from lightning_compress.quiet import evaluating, without_observers
 from lightning_compress.runtimes import OnnxNetwork
+from lightning_compress.waiting import working
 from lightning_compress.wording import require_choice
 
 __all__ = ["ExportError", "Parity", "export"]
@@ -115,12 +116,13 @@ def export(
         raise ExportError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(path.parent)!r}")
     unchecked = path.with_name(f"{path.name}.unchecked")
     try:
-        if format == "pt2":
-            torch.export.save(_traced(network, call, None), unchecked)
-            got = torch.export.load(unchecked).module()(*call.tensors())
-        else:
-            _write(network, call, unchecked, quantized, int4)
-            got = OnnxNetwork(unchecked)(*call.tensors())
+        with working(f"exporting to {path}"):
+            if format == "pt2":
+                torch.export.save(_traced(network, call, None), unchecked)
+                got = torch.export.load(unchecked).module()(*call.tensors())
+            else:
+                _write(network, call, unchecked, quantized, int4)
+                got = OnnxNetwork(unchecked)(*call.tensors())
         parity = _compare(wanted, got, quantized and format == "onnx")
         os.replace(unchecked, path)
     finally:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_compress.calls import Call, resize_batch, run_calls
 from lightning_compress.quiet import undisturbed, without_observers
+from lightning_compress.waiting import working
 
 __all__ = ["BATCH_SIZES", "Latency", "Spread", "compare_latency"]
 
@@ -114,6 +115,7 @@ def compare_latency(
         for model, _ in sides.values():
             stack.enter_context(without_observers(model))
             stack.enter_context(undisturbed(model))
+        stack.enter_context(working("measuring latency"))
         by_size = {size: _compare(sides, size, repeats, warmup, seconds) for size in batch_sizes}
     return {name: {size: by_size[size][name] for size in batch_sizes} for name in sides}
 

@@ -9,12 +9,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress as lc
 from lightning_compress import Budget
-from lightning_compress.app.hints import unknown_names
+from lightning_compress.app.hints import other_kinds, unknown_names
+from lightning_compress.app.train import JobError, check_objectives
 from lightning_compress.distill.terms import Term
 
 X = torch.randn(4, 1, 8, 8)
@@ -105,3 +108,21 @@ def test_a_failing_network_is_as_it_was() -> None:
     assert net.training
     assert np.array_equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_value_of_another_kind_is_named_and_hydra_goes_on() -> None:
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        at_work = GlobalHydra.instance().hydra
+        said = other_kinds(["trainer.max_epochs=ten", "seed=2", "report.metric=null", "method.budget.macs=0.5", "+x=1"])
+        assert said == ["`trainer.max_epochs` is by default 8, got 'ten'"]
+        assert GlobalHydra.instance().hydra is at_work
+
+
+@pytest.mark.parametrize("name", ["val/accuracy", "macs", "latency_b32", "onnx_metric"])
+def test_objectives_that_a_job_may_have_are_asked_for_no_sooner(name: str) -> None:
+    check_objectives([name])
+
+
+def test_an_objective_that_no_job_has_is_refused_before_training() -> None:
+    with pytest.raises(JobError, match=r"`objective` must be one of .*, got 'mac'; did you mean 'macs'\?"):
+        check_objectives(["val/acc", "mac"])

@@ -28,6 +28,7 @@ from lightning_compress.calls import as_calls
 from lightning_compress.coupling import Coupling, Group, trace_coupling
 from lightning_compress.methods.criteria import score_channels
 from lightning_compress.methods.sensitivity import measure_sensitivity, without_worst
+from lightning_compress.waiting import following, show_waiting
 from lightning_compress.wording import require_choice
 
 __all__ = ["layer_sensitivity", "main"]
@@ -63,6 +64,7 @@ def _run(config: DictConfig, folder: Path) -> None:
         raise ValueError(f"`sensitivity.shares` must be a list, e.g. [0.25, 0.5], got {settings.shares!r}")
     data = make_data(config)
     task = dense_task(config, data)
+    show_waiting(bool(config.trainer.enable_progress_bar))
     rows = layer_sensitivity(
         task,
         data,
@@ -117,7 +119,7 @@ def layer_sensitivity(
     whole = _validated(task, data, trainer, metric)
     errors = [measure_sensitivity(coupling, scores, calls, share) for share in shares]
     rows = []
-    for number, group in enumerate(coupling.groups):
+    for number, group in following(enumerate(coupling.groups), "validating without channels of a layer"):
         own = scores[group.classes]
         rows.append(
             {

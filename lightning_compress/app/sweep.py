@@ -126,6 +126,8 @@ class _Pending:
         jobs = [SweepJob(job["name"], Path(job["folder"]), job["error"]) for job in read]
         self.lock.release()
         shutil.rmtree(self.notes, ignore_errors=True)
+        if not jobs and not self.left_out:  # what was asked for cannot be: that was said
+            return
         console = Console()
         if not console.is_terminal:  # a log file wraps nothing
             console = Console(width=160)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.app.about import describe
-from lightning_compress.app.hints import print_hints
+from lightning_compress.app.hints import other_kinds, print_hints
 from lightning_compress.app.jobs import Job, config_digest, folder_name
 from lightning_compress.app.offers import offer_networks, offer_sweepers
 from lightning_compress.app.sweep import Sweep
@@ -25,6 +25,9 @@ from lightning_compress.wording import did_you_mean
 __all__ = ["main"]
 
 log = logging.getLogger(__name__)
+
+_FIGURES = ("metric", "params", "macs", "bytes", "peak_memory", "sparsity")
+_MEASURED = ("latency_", "cpu_time_", "onnx_")  # of which there are as many as batch sizes
 
 OmegaConf.register_new_resolver("lightning_compress.folder", folder_name, replace=True)
 
@@ -55,15 +58,40 @@ def _hydra_main(config: DictConfig) -> float | list[float]:
         job = Job(folder, config_digest(config))
         about = describe(hydra_config)
     except OmegaConfBaseException as error:  # a value that must be given, an interpolation that leads nowhere
-        raise JobError("the configuration cannot be resolved:") from error  # Hydra prints the cause as well
+        said = "the configuration cannot be resolved; a missing value is given as in data.root=FOLDER:"
+        raise JobError(said) from error  # Hydra prints the cause as well
     results = job.finished()
+    names = [config.objective] if isinstance(config.objective, str) else list(config.objective)
     if results is None:
+        check_objectives(names)
         results = _run(config, folder, about)
     else:
         log.info("finished before, nothing to do: %s", folder)
-    names = [config.objective] if isinstance(config.objective, str) else list(config.objective)
     values = objectives(results, names)
     return values[0] if isinstance(config.objective, str) else values
+
+
+def check_objectives(names: Sequence[str]) -> None:
+    """Raise before a job if a figure is asked for that no job has; which metrics a task logs shows only in the run.
+
+    Args:
+        names: metrics, which have a slash in their names, and figures.
+
+    Raises:
+        JobError: there is none of such a name.
+
+    Example:
+        >>> check_objectives(["val/acc", "mac"])
+        Traceback (most recent call last):
+        lightning_compress.app.train.JobError: `objective` must be ... got 'mac'; did you mean 'macs'?
+    """
+    for name in names:
+        if "/" not in name and not name.startswith(_MEASURED) and name not in _FIGURES:
+            known = ", ".join((*_FIGURES, "latency_b1"))
+            raise JobError(
+                f"`objective` must be one of {known}, or a metric like val/acc, got {name!r}"
+                f"{did_you_mean(name, _FIGURES)}"
+            )
 
 
 def objectives(results: Mapping[str, Any], names: Sequence[str]) -> list[float]:
@@ -109,7 +137,13 @@ def _run(config: DictConfig, folder: Path, about: dict[str, Any]) -> dict[str, A
         return run(config, folder, about)
     except InstantiationException as error:
         where = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "configuration"
-        raise JobError(f"{where}: {error.__cause__ or error}") from error
+        kinds = other_kinds(about["overrides"]) if isinstance(error.__cause__, TypeError) else []
+        raise JobError("; ".join(kinds) or f"{where}: {error.__cause__ or error}") from error
+    except TypeError as error:
+        kinds = other_kinds(about["overrides"])
+        if not kinds:  # not the user's mistake: the traceback is wanted
+            raise
+        raise JobError("; ".join(kinds)) from error
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         raise JobError(str(error)) from error
 

@@ -30,6 +30,7 @@ from lightning_compress.callbacks.timing import Milestone, milestones
 from lightning_compress.checkpoints import record_edits
 from lightning_compress.edits import Edit, Quantize, apply_edits, edits_from_json, edits_to_json, history
 from lightning_compress.schedule import SCHEDULES
+from lightning_compress.waiting import show_waiting
 from lightning_compress.wording import require_choice
 
 __all__ = ["CompressionCallback"]
@@ -143,11 +144,13 @@ class CompressionCallback(pl.Callback):
         self._network = None  # of a run that ended in an error
         if stage == "fit":
             check_surroundings(trainer)
+        show_waiting(trainer.progress_bar_callback is not None)
         replay_on_load(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it came."""
         stop_replaying(pl_module)
+        show_waiting(True)
         self._network = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

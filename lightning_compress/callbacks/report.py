@@ -27,6 +27,7 @@ from lightning_compress.footprint import measure
 from lightning_compress.latency import BATCH_SIZES, compare_latency
 from lightning_compress.quiet import without_observers
 from lightning_compress.results import Metric, Results
+from lightning_compress.waiting import show_waiting
 from lightning_compress.wording import did_you_mean
 
 __all__ = ["CompressionReport"]
@@ -104,6 +105,7 @@ class CompressionReport(L.Callback):
         """Refuse a metric that no validation can give; make the folder."""
         if stage != "fit":
             return
+        show_waiting(trainer.progress_bar_callback is not None)
         if self.onnx and (missing := missing_packages()):
             raise MisconfigurationException(
                 f"onnx=True needs packages that are not installed ({', '.join(missing)}): "
@@ -118,6 +120,10 @@ class CompressionReport(L.Callback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.results_path.parent.mkdir(parents=True, exist_ok=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """What comes after the run is not of its progress bar."""
+        show_waiting(True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record how the network is called; check on one batch that the metric is there."""

@@ -12,6 +12,7 @@ from lightning_compress.coupling.labels import DATA, Vector
 from lightning_compress.coupling.proof import Fault, Proof, prove
 from lightning_compress.coupling.trace import Op
 from lightning_compress.edits import Attribute, Keep
+from lightning_compress.waiting import working
 
 __all__ = ["Settled", "settle"]
 
@@ -50,7 +51,8 @@ def settle(coupling: Coupling, choose: Callable[[Coupling], Mask], origin: str =
         if not cut.any():
             return None
         keep = coupling.keep_edit(cut, origin)
-        proof = prove(coupling, keep, cut)
+        with working("proving the cut: what is left must compute the same"):
+            proof = prove(coupling, keep, cut)
         fault = proof.fault
         if fault is None:
             return Settled(keep, cut, proof)

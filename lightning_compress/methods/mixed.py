@@ -23,6 +23,7 @@ from lightning_compress.methods.quantization import BITS, integers, quantized_we
 from lightning_compress.methods.targets import TARGETS
 from lightning_compress.quantized import scope_of
 from lightning_compress.quiet import undisturbed, without_observers
+from lightning_compress.waiting import following
 
 __all__ = ["FLOAT_BITS", "Choices", "measure_bits", "share_bits"]
 
@@ -59,7 +60,7 @@ def measure_bits(
     options: dict[str, list[Option]] = {}
     with without_observers(quantized), undisturbed(quantized):
         wanted = _outputs(quantized, calls)
-        for name, weight, step, grid in quantized_weights(quantized):
+        for name, weight, step, grid in following(quantized_weights(quantized), "measuring bits of weights"):
             options[name] = []
             for bits in BITS:
                 other = machine.weights(bits)

@@ -27,6 +27,7 @@ from lightning_compress.methods.replaceable import Layer, find_layers
 from lightning_compress.methods.sequential import Planned, fit, replacement
 from lightning_compress.methods.timing import time_candidates
 from lightning_compress.quiet import without_observers
+from lightning_compress.waiting import following, working
 from lightning_compress.wording import near_names, require_choice
 
 __all__ = ["Allocation", "Planner", "Replaced", "replace_layers"]
@@ -250,8 +251,9 @@ class Planner:
             def see(path: str, x: Tensor, y: Tensor, kept: dict[str, Moments] = batch) -> None:
                 kept[path].add(x, y)
 
-            visit(self.model, self.layers, list(batch), calibration, see)
-            for layer in self.replaceable:
+            with working("calibrating: running the network on calibration data"):
+                visit(self.model, self.layers, list(batch), calibration, see)
+            for layer in following(self.replaceable, "finding the ranks that layers can have"):
                 if layer.path in batch:
                     found[layer.path] = self._weigh(layer, batch.pop(layer.path))
         return found

@@ -22,6 +22,7 @@ from lightning_compress.methods.quantization import BITS, VALUE_BITS, calibrate,
 from lightning_compress.methods.rounding import ROUNDINGS, fit_rounding
 from lightning_compress.methods.targets import TARGETS, this_machine
 from lightning_compress.quiet import without_observers
+from lightning_compress.waiting import working
 from lightning_compress.wording import require_choice
 
 __all__ = ["Precision", "Prepared", "prepare", "quantize"]
@@ -202,7 +203,8 @@ def _finished(
     """With so many bits; `trial` is changed."""
     edit = plan(placement, bits, precision.value_bits, precision.machine, precision.ends, ORIGIN)
     apply_edits(trial, [edit])
-    calibrate(trial, placement, calls, precision.observer)
+    with working("calibrating: running the network on calibration data"):
+        calibrate(trial, placement, calls, precision.observer)
     errors = fit_rounding(original, trial, calls, precision.rounding)
     return Prepared(edit, trial.state_dict(), placement, bits, errors, artifact_bytes(trial))
 

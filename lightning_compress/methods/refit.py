@@ -24,6 +24,7 @@ from lightning_compress.methods.geometry import Geometry
 from lightning_compress.methods.moments import Moments
 from lightning_compress.methods.uses import Uses, find_uses
 from lightning_compress.quiet import undisturbed
+from lightning_compress.waiting import working
 
 __all__ = ["Refit"]
 
@@ -71,12 +72,12 @@ class Refit:
         consumers = list(_consumers(model, coupling, cut, find_uses(model, calls)))
         handles = [consumer.module.register_forward_pre_hook(consumer.gather) for consumer in consumers]
         try:
-            with undisturbed(model):
+            with undisturbed(model), working("calibrating: running the network on calibration data"):
                 run_calls(model, calls)
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
+        with torch.no_grad(), working("refitting the layers that lose inputs"):
             self._new = [(consumer.module, *consumer.solve()) for consumer in consumers if consumer.moments.count]
 
     def apply(self) -> None:

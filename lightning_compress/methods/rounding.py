@@ -24,6 +24,7 @@ from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.quantization import quantized_weights
 from lightning_compress.methods.replaceable import find_layers
 from lightning_compress.methods.sequential import Data
+from lightning_compress.waiting import following
 from lightning_compress.wording import require_choice
 
 __all__ = ["ROUNDINGS", "fit_rounding", "round_jointly"]
@@ -58,7 +59,7 @@ def fit_rounding(model: nn.Module, quantized: nn.Module, calls: Sequence[Call], 
     layers = find_layers(model, calls, {})
     steps = {name: (weight, step, grid) for name, weight, step, grid in quantized_weights(quantized)}
     errors = {}
-    for layer in layers.found:
+    for layer in following(layers.found, "rounding layers"):
         entry = steps.get(f"{layer.path}.weight".lstrip("."))
         if entry is None or not layer.informed:
             continue

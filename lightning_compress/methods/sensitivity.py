@@ -21,6 +21,7 @@ from lightning_compress.calls import Call, batch_size, resize_batch
 from lightning_compress.coupling import Coupling, Group
 from lightning_compress.methods.criteria import Scores
 from lightning_compress.quiet import undisturbed, without_observers
+from lightning_compress.waiting import following
 
 __all__ = ["measure_sensitivity", "weigh", "without_worst"]
 
@@ -80,7 +81,7 @@ def measure_sensitivity(
             raise ValueError(
                 f"sensitivity needs outputs that are finite and not all zero; their squares sum up to {size}"
             )
-        for index, group in enumerate(coupling.groups):
+        for index, group in following(enumerate(coupling.groups), "measuring the sensitivity of layers"):
             own = scores[group.classes]
             if np.isnan(own).any():
                 continue

@@ -23,6 +23,7 @@ from lightning_compress.methods.calibration import compare_outputs
 from lightning_compress.methods.moments import Moments, Objective
 from lightning_compress.methods.replaceable import Layer, Layers
 from lightning_compress.quiet import without_observers
+from lightning_compress.waiting import following
 from lightning_compress.wording import require_choice
 
 __all__ = ["Data", "Fit", "Init", "Planned", "fit", "replacement"]
@@ -171,7 +172,8 @@ def fit(
             module.running_var = None if module.running_var is None else module.running_var.clone()
     errors: dict[str, float] = {}
     place = {layer.path: number for number, layer in enumerate(layers.found)}
-    for item in sorted(planned, key=lambda item: place[item.layer.path]):
+    in_order = sorted(planned, key=lambda item: place[item.layer.path])
+    for item in following(in_order, "fitting layers"):
         path = item.layer.path
         apply_edits(trial, [replacement([item], origin)])
         module = trial.get_submodule(path)

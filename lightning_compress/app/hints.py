@@ -79,7 +79,7 @@ def _our_configuration() -> Iterator[ConfigLoader]:
             assert state.hydra is not None
             yield state.hydra.config_loader
     finally:
-        state.hydra = at_work
+        GlobalHydra.instance().hydra = at_work  # the instance itself may be another by now
 
 
 def _unknown(loader: ConfigLoader, group: str, value: str) -> Iterator[tuple[str, list[str]]]:

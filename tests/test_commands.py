@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import re
 import runpy
@@ -16,11 +17,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import ConfigCompositionException
+from PIL import Image
 
 from lightning_compress.app.offers import offer_networks, offer_sweepers
 from tests.app.test_conf import unbound
@@ -174,7 +177,13 @@ def test_command_runs(words: tuple[str, ...], tmp_path: Path) -> None:
     line = " ".join(words)
     if "launcher=submitit " in f"{line} " or "address=auto" in line:
         pytest.skip("needs a cluster")
+    if "accelerator=gpu" in line and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     (tmp_path / "path" / "to").mkdir(parents=True)
+    for split, label, number in itertools.product(("train", "test"), range(10), range(8)):
+        place = tmp_path / "path" / "to" / "images" / split / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (20 * label, 60 * number, 0)).save(place / f"{number}.png")
     module = "lightning_compress.app." + ("sensitivity" if words[0].endswith("sensitivity") else "train")
     tiny = [*TINY, *(["hydra.sweeper.n_trials=2"] if "sweep=pareto" in line else [])]
     run = [sys.executable, "-m", module]

@@ -105,6 +105,14 @@ def layer_sensitivity(
 
     Raises:
         ValueError: a share out of range; an unknown criterion, or one that needs gradients; the metric is not logged.
+
+    Example:
+        >>> from lightning_compress.zoo import Digits, ImageClassifier, LeNet300100
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = L.Trainer(accelerator="cpu", **quiet)
+        >>> rows = layer_sensitivity(ImageClassifier(LeNet300100(image_size=8), 10), Digits(), trainer, shares=[0.5])
+        >>> [(row["layer"], row["channels"]) for row in rows]
+        [('fc1', 300), ('fc2', 100)]
     """
     for share in shares:
         if not isinstance(share, int | float) or not 0 < share < 1:

@@ -40,7 +40,7 @@ def sweep_table(jobs: Sequence[SweepJob]) -> Table:
         A rich table; its caption says what went wrong where something did.
     """
     table = Table(title="dense → now", title_justify="left")
-    table.add_column("job", overflow="fold")
+    table.add_column("job", overflow="fold", min_width=20)
     for column in ("test/acc", "parameters", "MACs", "bytes", "ms, batch 1", "ms, batch 32"):
         table.add_column(column, justify="right", no_wrap=True)
     names = [set(job.name.split(",")) for job in jobs if not job.left_out]

@@ -86,6 +86,10 @@ def build_report(project: str, entity: str, group: str | None = None, metric: st
 
     Raises:
         ModuleNotFoundError: the extra `wandb` is not installed.
+
+    Example:
+        >>> build_report("lightning-compress", entity="").title  # needs no login, unless it is saved
+        'Compression: project lightning-compress'
     """
     expr = require_extra("wandb_workspaces.expr", "wandb")
     wr = require_extra("wandb_workspaces.reports.v2", "wandb")

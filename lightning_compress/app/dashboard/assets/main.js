@@ -10,7 +10,11 @@ function writeHash() {
   if (state.sort.key !== "label" || state.sort.down) hash.set("sort", (state.sort.down ? "-" : "") + state.sort.key);
   for (const index of state.chosen) hash.append("chosen", runs[index].folder);
   for (const dialog of document.querySelectorAll("dialog[data-shows]")) hash.set("open", dialog.dataset.shows);
-  history.replaceState(null, "", `#${hash}`);
+  try {
+    history.replaceState(null, "", `#${hash}`);
+  } catch {
+    // a page without an address of its own, as in the frame that a notebook shows it in
+  }
 }
 
 // By their folders: the page may have been written anew since, with more runs in it.

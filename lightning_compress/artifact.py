@@ -91,6 +91,13 @@ def load_compressed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module
 
     Raises:
         ArtifactError: no such file, one that is damaged or of another kind, or another architecture.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compressed(nn.Linear(2, 3), pathlib.Path(folder, "net.safetensors"))
+        ...     load_compressed(pathlib.Path(folder, "net.safetensors"), nn.Linear(2, 3)).training
+        False
     """
     _require_network(model)
     manifest, tensors = read_container(path)
@@ -144,6 +151,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ArtifactError: no such file, or one that is damaged or of another kind.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_compressed(nn.Linear(2, 3), pathlib.Path(folder, "net.safetensors"), {"accuracy": 0.93})
+        ...     read_metadata(pathlib.Path(folder, "net.safetensors"))["metadata"]
+        {'accuracy': 0.93}
     """
     manifest, _ = read_container(path)
     return {

@@ -34,6 +34,11 @@ class Call:
         args: positional arguments; tensors with the batch first.
         kwargs: keyword arguments.
         path: dotted name of the submodule called; empty for the network itself.
+
+    Example:
+        >>> call = Call((torch.zeros(2, 3),), {"scale": 2.0})
+        >>> call.map(lambda tensor: tensor[:1]).args[0].shape
+        torch.Size([1, 3])
     """
 
     args: tuple[Any, ...]

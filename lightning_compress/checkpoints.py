@@ -99,6 +99,22 @@ def load_from_checkpoint(cls: type[_Module], path: str | Path | IO[bytes], **kwa
     Raises:
         EditError: the edits in the checkpoint do not fit the module.
         TypeError: `cls` is no LightningModule's class, or makes another; the file is no checkpoint of a Trainer.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_compress import Budget, ChannelPruning
+        >>> from lightning_compress.zoo import Digits, ImageClassifier, LeNet300100
+        >>> off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        >>> quiet = dict.fromkeys(off, False)
+        >>> pruning = ChannelPruning(Budget(macs=0.5), end=0, steps=1)
+        >>> trainer = L.Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, callbacks=[pruning], **quiet)
+        >>> trainer.fit(ImageClassifier(LeNet300100(image_size=8), 10), Digits())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer.save_checkpoint(Path(folder, "a.ckpt"))
+        ...     net = LeNet300100(image_size=8)
+        ...     task = load_from_checkpoint(ImageClassifier, Path(folder, "a.ckpt"), net=net, num_classes=10)
+        >>> len(task.net[1].weight) < 300
+        True
     """
     if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
         raise TypeError(f"`cls` must be the class of the LightningModule that was trained, got {_kind(cls)}")

@@ -54,6 +54,11 @@ class Parity:
         relative: root mean square of the differences, relative to that of the outputs.
         agreement: fraction of samples with the same largest output; None where outputs are no scores.
         samples: how many inputs.
+
+    Example:
+        >>> parity = Parity(difference=1e-6, relative=1e-7, agreement=1.0, samples=64)  # what `export` gives
+        >>> f"{parity.agreement:.0%} of {parity.samples} samples alike"
+        '100% of 64 samples alike'
     """
 
     difference: float
@@ -79,8 +84,8 @@ def export(
     Args:
         model: the network; it is not changed.
         path: the file to write.
-        inputs: real inputs, as the network gets them: a tensor, a tuple of arguments or a call; with at least two
-            samples, some dozens for the check to mean something.
+        inputs: real inputs, as the network gets them: a tensor (batch first), a tuple of arguments or a call; with at
+            least two samples, some dozens for the check to mean something.
         format: `onnx` or `pt2`.
         int4: store weights of 4 bits and fewer as ONNX's 4-bit integers (opset 21). The file is smaller; ONNX Runtime
             then computes with floats on a CPU, and is no faster than without quantization.

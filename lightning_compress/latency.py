@@ -33,6 +33,10 @@ class Spread:
         median: the middle one.
         low: the shortest.
         high: the longest.
+
+    Example:
+        >>> Spread(median=2.0, low=1.9, high=2.4).median
+        2.0
     """
 
     median: float
@@ -42,7 +46,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of one batch.
+    """The time of one batch, in milliseconds.
 
     Attributes:
         wall: wall time, with `threads` threads.
@@ -53,6 +57,12 @@ class Latency:
         load: the machine's load average over the last minute when it was measured; None where it cannot be read.
         device: where it ran.
         runtime: what ran it.
+
+    Example:
+        >>> from lightning_compress.calls import as_calls
+        >>> found = compare_latency({"net": (nn.Linear(2, 2), as_calls(torch.zeros(1, 2)))}, (4,), repeats=5)["net"][4]
+        >>> found.batch_size, found.wall.low <= found.wall.median <= found.wall.high, found.runtime
+        (4, True, 'eager')
     """
 
     wall: Spread
@@ -92,7 +102,7 @@ def compare_latency(
         batch_sizes: samples in a batch.
         repeats: how many times to take of each side.
         warmup: untimed runs of each side before.
-        seconds: about how long one batch size may take; where that is short, repeats are saved, down to five.
+        seconds: about how many seconds one batch size may take; where that is short, repeats are saved, down to five.
 
     Returns:
         Name -> batch size -> latency.

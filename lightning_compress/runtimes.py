@@ -34,6 +34,15 @@ class OnnxNetwork:
 
     Raises:
         ImportError: ONNX Runtime is not installed.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_compress import export
+        >>> net, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = export(net, Path(folder, "net.onnx"), x)
+        ...     torch.allclose(OnnxNetwork(Path(folder, "net.onnx"))(x), net(x), atol=1e-5)
+        True
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None, optimized: Path | None = None) -> None:
@@ -51,7 +60,7 @@ class OnnxNetwork:
         self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the network gives."""
+        """What the network gives; tensors of any shape that it takes, on the CPU."""
         feed = {name: tensor.numpy() for name, tensor in zip(self._names, inputs, strict=True)}
         outputs = tuple(torch.from_numpy(array) for array in self._session.run(None, feed))
         return outputs[0] if len(outputs) == 1 else outputs
@@ -66,6 +75,10 @@ class OpenVinoNetwork:
 
     Raises:
         ImportError: OpenVINO is not installed.
+
+    Example:
+        >>> OpenVinoNetwork("net.onnx")(torch.randn(4, 3)).shape  # doctest: +SKIP
+        torch.Size([4, 2])
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -77,7 +90,7 @@ class OpenVinoNetwork:
         self._compiled = openvino.Core().compile_model(os.fspath(path), "CPU", options)
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """What the network gives."""
+        """What the network gives; tensors of any shape that it takes, on the CPU."""
         found = self._compiled([tensor.numpy() for tensor in inputs])
         outputs = tuple(torch.from_numpy(array.copy()) for array in found.values())
         return outputs[0] if len(outputs) == 1 else outputs
@@ -108,6 +121,14 @@ def count_integers(path: str | os.PathLike[str]) -> Integers:
 
     Args:
         path: an ONNX file.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_compress import export
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = export(nn.Linear(3, 2), Path(folder, "net.onnx"), torch.randn(4, 3))
+        ...     str(count_integers(Path(folder, "net.onnx")))
+        'int8 0 of 1'
     """
     import onnx
 

@@ -12,8 +12,15 @@ Schedule = Callable[[float], float]
 def one_shot(t: float) -> float:
     """Everything at once, as soon as the window opens.
 
-    >>> one_shot(0.0)
-    1.0
+    Args:
+        t: progress in [0, 1].
+
+    Returns:
+        The fraction of the final amount that is due.
+
+    Example:
+        >>> one_shot(0.0)
+        1.0
     """
     return 1.0
 
@@ -21,8 +28,15 @@ def one_shot(t: float) -> float:
 def linear(t: float) -> float:
     """The same amount at each step.
 
-    >>> linear(0.25)
-    0.25
+    Args:
+        t: progress in [0, 1].
+
+    Returns:
+        The fraction of the final amount that is due.
+
+    Example:
+        >>> linear(0.25)
+        0.25
     """
     return min(max(t, 0.0), 1.0)
 
@@ -30,8 +44,15 @@ def linear(t: float) -> float:
 def cubic(t: float) -> float:
     """Much early, little late: 1 - (1 - t)^3 (Zhu and Gupta 2017, arXiv 1710.01878).
 
-    >>> cubic(0.5)
-    0.875
+    Args:
+        t: progress in [0, 1].
+
+    Returns:
+        The fraction of the final amount that is due.
+
+    Example:
+        >>> cubic(0.5)
+        0.875
     """
     return 1.0 - (1.0 - min(max(t, 0.0), 1.0)) ** 3
 

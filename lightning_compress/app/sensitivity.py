@@ -112,7 +112,7 @@ def layer_sensitivity(
         >>> trainer = L.Trainer(accelerator="cpu", **quiet)
         >>> rows = layer_sensitivity(ImageClassifier(LeNet300100(image_size=8), 10), Digits(), trainer, shares=[0.5])
         >>> [(row["layer"], row["channels"]) for row in rows]
-        [('fc1', 300), ('fc2', 100)]
+        [('1', 300), ('3', 100)]
     """
     for share in shares:
         if not isinstance(share, int | float) or not 0 < share < 1:

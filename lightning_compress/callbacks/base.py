@@ -55,6 +55,16 @@ class CompressionCallback(pl.Callback):
 
     Raises:
         ValueError: an argument out of range.
+
+    Example:
+        >>> from lightning_compress.callbacks.capture import capture
+        >>> class KeepAll(CompressionCallback):
+        ...     def check(self, trainer, pl_module):
+        ...         return {}
+        ...     def edit(self, trainer, pl_module, amount):
+        ...         return capture(trainer, pl_module, self.network), [], {}
+        >>> KeepAll(start=0.1, end=0.6, steps=2).schedule
+        'cubic'
     """
 
     settles_values: ClassVar[bool] = False

@@ -39,6 +39,12 @@ class Captured:
         calls: the calls of one step.
         calibration: the calls of as many steps as give the samples asked for, one step after the other.
         outside: names of the network's parameters that the step uses outside of these calls.
+
+    Example:
+        >>> from lightning_compress.calls import as_calls
+        >>> net, calls = torch.nn.Linear(2, 1), as_calls(torch.zeros(8, 2))
+        >>> Captured("net", net, calls, calls * 4, ()).path  # what `capture` gives
+        'net'
     """
 
     path: str
@@ -86,6 +92,18 @@ def capture(trainer: pl.Trainer, module: pl.LightningModule, network: str | None
 
     Raises:
         MisconfigurationException: the network is never called in `training_step`, or the step cannot be run dry.
+
+    Example:
+        >>> from lightning_compress.zoo import Digits, ImageClassifier, LeNet300100
+        >>> class Look(pl.Callback):
+        ...     def on_train_start(self, trainer, pl_module):
+        ...         captured = capture(trainer, pl_module)
+        ...         print(captured.path, captured.calls[0].tensors()[0].shape)
+        >>> off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        >>> quiet = dict.fromkeys(off, False)
+        >>> trainer = pl.Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, callbacks=[Look()], **quiet)
+        >>> trainer.fit(ImageClassifier(LeNet300100(image_size=8), 10), Digits())
+        net torch.Size([128, 1, 8, 8])
     """
     path = find_network(module, network)
     target = module.get_submodule(path)

@@ -27,8 +27,9 @@ class LowRankFactorization(LayerReplacement):
 
     Args:
         budget: what may be left; None: `rank` says it.
-        decomposition: `spatial` (k x 1 and 1 x k), `channel` (fewer channels and back), `tucker`, `cp`. Linear layers
-            and pointwise convolutions are always split in two.
+        decomposition: `spatial` (k x 1 and 1 x k, Jaderberg et al. 2014, arXiv 1405.3866), `channel` (fewer channels
+            and back, Zhang et al. 2015, arXiv 1505.06798), `tucker` (Kim et al. 2015, arXiv 1511.06530) or `cp`
+            (Lebedev et al. 2014, arXiv 1412.6553). Linear layers and pointwise convolutions are always split in two.
         rank: without a budget, a rule for each layer: `energy:0.95`, `vbmf`, one rank, or path -> rank.
         round_to: ranks above this are multiples of it, unless `rank` gives them: other widths are slow.
         allocation: how a budget is shared out: `greedy` or `uniform`.

@@ -23,8 +23,11 @@ class CompactFilters(LayerReplacement):
     `Distillation(teacher="self")` beside it helps.
 
     Args:
-        operator: what layers become: `depthwise_separable`, `ghost`, `fire`, `grouped_shuffle`, `crelu`, `rotated`,
-            `circulant`, `hashed`; the last two are for linear layers, too.
+        operator: what layers become: `depthwise_separable` (Howard et al. 2017, arXiv 1704.04861), `ghost` (Han et al.
+            2019, arXiv 1911.11907), `fire` (Iandola et al. 2016, arXiv 1602.07360), `grouped_shuffle` (Zhang et al.
+            2017, arXiv 1707.01083), `crelu` (Shang et al. 2016, arXiv 1603.05201), `rotated` (Cohen and Welling 2016,
+            arXiv 1602.07576), `circulant` (Cheng et al. 2015, arXiv 1502.03436) or `hashed` (Chen et al. 2015, arXiv
+            1504.04788); the last two are for linear layers, too.
         budget: replace no more layers than this needs, those first that lose least for what they save; None: all that
             get cheaper.
         options: of the operator, see `compact_form`: `rank`, `ratio`, `groups`, `block`, ...

@@ -34,8 +34,10 @@ class ChannelPruning(CompressionCallback):
 
     Args:
         budget: what may be left. Latency is timed as the run goes: another run's edits may differ a little.
-        criterion: what tells channels that matter: `l1`, `l2`, `fpgm`, `bn_scale`, `taylor`, `fisher`,
-            `activation`, `lamp`, `random`.
+        criterion: what tells channels that matter: `l1` (Li et al. 2017, arXiv 1608.08710), `l2` (He et al. 2018, arXiv
+            1808.06866), `fpgm` (He et al. 2019, arXiv 1811.00250), `bn_scale` (Liu et al. 2017, arXiv 1708.06519),
+            `taylor` (Molchanov et al. 2019, arXiv 1906.10771), `fisher` (LeCun et al. 1989), `activation` (Hu et al.
+            2016, arXiv 1607.03250), `lamp` (Lee et al. 2021, arXiv 2010.07611) or `random`.
         ranking: `global` (all layers compete), `layer` (each loses the same fraction) or `isomorphic` (layers of the
             same structure compete, and each such class loses the same fraction).
         start: when the first edit is made: a float is a fraction of training, an integer an epoch.

@@ -52,8 +52,9 @@ class Quantization(CompressionCallback):
         freeze: when steps are trained no more and BatchNorm computes with its running statistics, as it will in the
             end: a fraction of what is left of training after `end`. BatchNorm is frozen only where the learning rate
             has fallen to a fifth of its highest by then: without it, steps of full size would blow the network up.
-        learn: what trains steps: `lsq` (Esser et al. 2020), `lsq+` (and zero points, Bhalgat et al. 2020), `pact`
-            (those of values, from what is clipped, Choi et al. 2018), `fixed` (nothing).
+        learn: what trains steps: `lsq` (Esser et al. 2020, arXiv 1902.08153), `lsq+` (and zero points, Bhalgat et al.
+            2020, arXiv 2004.09576), `pact` (those of values, from what is clipped, Choi et al. 2018, arXiv
+            1805.06085), `fixed` (nothing).
         step_lr: learning rate of the steps, in octaves for each step of Adam.
         observer: how the ranges of values are found first: `minmax`, `percentile`, `mse`, `entropy`.
         rounding: of weights, first: `nearest`; `corrected`, with corrected biases; `joint`, so that each layer's

@@ -37,14 +37,18 @@ class WeightPruning(MaskedWeights):
 
     Args:
         sparsity: share of the prunable weights (of at least two dims) that go; N:M patterns have their own.
-        criterion: `magnitude`, `taylor`, `movement`, `snip`, `grasp`, `wanda` or `random`; `snip` and `grasp` prune
-            once, before the first step.
+        criterion: `magnitude` (Han et al. 2015, arXiv 1506.02626), `taylor` (Molchanov et al. 2019, arXiv 1906.10771),
+            `movement` (Sanh et al. 2020, arXiv 2005.07683), `snip` (Lee et al. 2019, arXiv 1810.02340), `grasp` (Wang
+            et al. 2020, arXiv 2002.07376), `wanda` (Sun et al. 2023, arXiv 2306.11695) or `random`; `snip` and `grasp`
+            prune once, before the first step.
         pattern: `unstructured`, `kernel`, `block:AxB`, or N:M as `2:4`.
-        allocation: `global`, `uniform`, `erk` or `lamp`.
+        allocation: `global`, `uniform`, `erk` (Evci et al. 2020, arXiv 1911.11134) or `lamp` (Lee et al. 2021, arXiv
+            2010.07611).
         start: when the first weights go: a float is a fraction of training, an integer an epoch.
         end: when the last ones go, likewise; the rest of training recovers.
         steps: in how many steps.
-        schedule: how the sparsity grows over them: `one_shot`, `linear`, `cubic` (Zhu and Gupta 2017).
+        schedule: how the sparsity grows over them: `one_shot`, `linear`, `cubic` (Zhu and Gupta 2017, arXiv
+            1710.01878).
         rewind: after each step set the weights that are left back to what they were when training began, as in the
             lottery ticket hypothesis (Frankle and Carbin 2018, arXiv 1803.03635); the optimizer forgets, too.
         regrow: share of the living weights that die and are replaced every `every` steps, between `start` and `end`, by

@@ -40,6 +40,14 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> list[Change | Replac
 
     Raises:
         EditError: an edit names a tensor or layer that is not there, or that has another shape. Nothing was changed.
+        TypeError: an edit is none.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> slices = {"weight": {0: (0, 2)}, "bias": {0: (0, 2)}}
+        >>> changes = apply_edits(net, [Keep(slices, {"weight": (3, 2), "bias": (3,)})])
+        >>> net.weight.shape, len(history(net))
+        (torch.Size([2, 2]), 1)
     """
     edits = list(edits)
     for edit in edits:
@@ -74,7 +82,15 @@ def rewind_edits(model: nn.Module, length: int = 0) -> None:
 
 
 def history(model: nn.Module) -> tuple[Edit, ...]:
-    """The edits that `model` has been through, oldest first."""
+    """The edits that `model` has been through, oldest first.
+
+    Args:
+        model: any network.
+
+    Example:
+        >>> history(nn.Linear(2, 3))
+        ()
+    """
     edits: tuple[Edit, ...] = getattr(model, _HISTORY, ())
     return edits
 

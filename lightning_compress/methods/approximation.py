@@ -53,7 +53,13 @@ class Candidate:
 
 
 class Form(ABC):
-    """One way to write a layer. Its instances hold its options and no data."""
+    """One way to write a layer. Its instances hold its options and no data.
+
+    Example:
+        >>> from lightning_compress.methods.forms import COMPACT, DECOMPOSITIONS
+        >>> [isinstance(form, Form) for form in (DECOMPOSITIONS["tucker"], COMPACT["ghost"]())]
+        [True, True]
+    """
 
     name: ClassVar[str]
     solves_outputs: ClassVar[bool] = True

@@ -47,6 +47,12 @@ class Place:
         weight: the parameter, detached.
         dim: the dim of it.
         saliency: what was gathered for this dim, one term for each index, if anything was.
+
+    Example:
+        >>> layer = nn.Conv2d(3, 8, 3)
+        >>> place = Place(layer, "weight", layer.weight.detach(), 0)
+        >>> CRITERIA["l2"](place).shape  # a criterion of your own takes such a place, and gives a score for each index
+        torch.Size([8])
     """
 
     module: nn.Module
@@ -141,7 +147,17 @@ GATHERED = ("taylor", "fisher")
 
 
 def check_criterion(name: str) -> None:
-    """Raise ValueError, with the list of what there is, unless `name` is a criterion."""
+    """Raise unless `name` is a criterion.
+
+    Args:
+        name: of the criterion.
+
+    Raises:
+        ValueError: it is none; the message has the list of what there is.
+
+    Example:
+        >>> check_criterion("l2")
+    """
     require_choice("criterion", name, CRITERIA)
 
 
@@ -159,7 +175,15 @@ def gradient_terms(
         criterion: which.
 
     Returns:
-        Location -> float32 vector, one term for each index.
+        Location -> float32 vector of shape [C], one term for each index.
+
+    Example:
+        >>> from lightning_compress.coupling import trace_coupling
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> net(torch.ones(1, 4)).sum().backward()
+        >>> terms = gradient_terms(trace_coupling(net, torch.zeros(1, 4)), dict(net.named_parameters()))
+        >>> terms["0.weight", 0].shape
+        torch.Size([3])
     """
     terms = dict(gathered or {})
     for (name, dim), classes in coupling.locations.items():
@@ -180,6 +204,17 @@ def activation_terms(coupling: Coupling, calls: Sequence[Call]) -> dict[Location
     Args:
         coupling: the traced network.
         calls: calibration data.
+
+    Returns:
+        Location -> vector of shape [C]: the root mean square of each input channel.
+
+    Example:
+        >>> from lightning_compress.calls import as_calls
+        >>> from lightning_compress.coupling import trace_coupling
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> terms = activation_terms(trace_coupling(net, torch.zeros(1, 4)), as_calls(torch.ones(8, 4)))
+        >>> terms["0.weight", 1]
+        tensor([1., 1., 1., 1.])
     """
     return {(name, 1): norm for name, norm in input_norms(coupling.model, calls).items()}
 

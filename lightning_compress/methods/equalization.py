@@ -25,6 +25,8 @@ MOST = 100.0
 def equalize(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Exchange scales between layers; the outputs of the network stay what they were.
 
+    Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721).
+
     Args:
         model: the network, in which weights, biases and the affine parameters of norms are set.
         pairs: the layers.

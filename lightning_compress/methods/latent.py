@@ -37,6 +37,11 @@ class Latent(ABC):
     Attributes:
         granularities: what may share a scale: a `layer`, an output `channel`; the paper's first.
         learns: whether the memory is trained.
+
+    Example:
+        >>> kind, latent = Binary(), torch.tensor([[0.5, -0.1]])
+        >>> kind.values(latent, kind.begin(latent)).sign()
+        tensor([[ 1., -1.]])
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("layer",)

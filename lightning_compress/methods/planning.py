@@ -55,6 +55,14 @@ class Replaced:
         left: path -> why the layer was left alone.
         costs: unit -> (before, after).
         ranks: path -> size that the layer's new form has.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compress import factorize
+        >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> replaced = factorize(net, torch.randn(64, 16), rank={"0": 4})
+        >>> replaced.ranks, list(replaced.left)
+        ({'0': 4}, ['2'])
     """
 
     edits: tuple[Edit, ...]

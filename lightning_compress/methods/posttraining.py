@@ -118,6 +118,12 @@ class Prepared:
         bits: name of a weight -> bits.
         errors: path of a layer -> output error that is left, relative to the energy of the outputs.
         bytes: of the file that it makes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> prepared = quantize(net, torch.randn(32, 8), target="vnni")
+        >>> prepared.bits, sorted(prepared.errors)
+        ({'0.weight': 8, '2.weight': 8}, ['0', '2'])
     """
 
     edit: Quantize

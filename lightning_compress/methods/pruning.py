@@ -32,7 +32,14 @@ class Pruning:
         edits: the edits that were applied; none when nothing could be cut.
         proof: `exact`, `restricted` (norms over channels run over the survivors) or `nothing cut`.
         frozen: location -> why (some of) its channels stay.
-        costs: unit -> (before, after).
+        costs: unit -> (before, after); macs, params and bytes.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pruning = prune_channels(net, torch.zeros(1, 4), ratio=0.5)
+        >>> pruning.costs["macs"], pruning.frozen["2.weight[0]"]
+        ((48.0, 24.0), "reaches the network's output")
     """
 
     edits: tuple[Edit, ...]
@@ -134,7 +141,7 @@ def prune_channels(
 
     Args:
         model: any network.
-        inputs: one batch: a tensor, positional arguments, or recorded calls.
+        inputs: one batch: a tensor (batch first), positional arguments, or recorded calls.
         budget: what may be left, in fractions of `model` or absolute.
         ratio: instead of a budget, the fraction of channels to cut (of all, or of each layer: see `ranking`).
         criterion: `l1`, `l2`, `fpgm`, `bn_scale`, `activation`, `lamp` or `random`.

@@ -24,6 +24,11 @@ class SparseKernels:
     Attributes:
         converted: names of the layers that multiply by sparse kernels now.
         left: name of each other layer with a 2:4 weight -> why it stays dense.
+
+    Example:
+        >>> kernels = SparseKernels(("head",), {"stem": "is no linear layer"})  # what `use_sparse_kernels` gives
+        >>> len(kernels.converted), kernels.left["stem"]
+        (1, 'is no linear layer')
     """
 
     converted: tuple[str, ...]

@@ -37,6 +37,7 @@ def measure_sensitivity(
 ) -> npt.NDArray[np.float64]:
     """For each layer: the relative error of the network's outputs when the worst of its channels are zero.
 
+    As Li et al. 2017 (arXiv 1608.08710, section 3.2) prune each layer alone; by outputs, so that no labels are needed.
     One run of the network on `samples` inputs for each layer, and one more; in evaluation mode, without gradients. The
     network is not touched: it is called with other tensors in the place of its own.
 

@@ -59,6 +59,13 @@ def vbmf_rank(weight: Tensor, most: Any) -> Any:
     Args:
         weight: [G, O, C, *k].
         most: the form's largest rank: an integer, or one for inputs and one for outputs.
+
+    Returns:
+        The mean over groups of `evbmf_rank` (Nakajima et al. 2013), rounded, for outputs or for inputs and outputs.
+
+    Example:
+        >>> vbmf_rank(torch.ones(1, 8, 16, 3, 3), (16, 8))
+        (1, 1)
     """
     groups = weight.shape[0]
 

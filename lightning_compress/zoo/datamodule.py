@@ -40,6 +40,11 @@ class ImageDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: an argument is out of its range, or does not fit the data.
+
+    Example:
+        >>> from lightning_compress.zoo import Digits
+        >>> isinstance(Digits(batch_size=32), ImageDataModule)
+        True
     """
 
     # What subclasses state: the data set's own size, its mean and std (0 to 1) and whether mirroring keeps a class.

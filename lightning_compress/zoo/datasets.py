@@ -56,6 +56,11 @@ class FashionMNIST(ImageDataModule):
     Xiao, Rasul and Vollgraf 2017 (arXiv 1708.07747). Arguments as `ImageDataModule`. The four files are looked for
     in `root`, in `root/FashionMNIST/raw` (where torchvision puts them) and where Debian's package
     `dataset-fashion-mnist` does; found nowhere, torchvision downloads them to `root`.
+
+    Example:
+        >>> data = FashionMNIST("data", batch_size=64)
+        >>> data.num_classes, data.image_size
+        (10, 28)
     """
 
     title = "Fashion-MNIST"
@@ -117,6 +122,11 @@ class CIFAR10(ImageDataModule):
 
     Krizhevsky, 'Learning multiple layers of features from tiny images', 2009. Arguments as `ImageDataModule`;
     `root` holds torchvision's `cifar-10-batches-py`.
+
+    Example:
+        >>> data = CIFAR10("data", augment=True)
+        >>> data.num_classes, data.in_channels, data.image_size
+        (10, 3, 32)
     """
 
     title = "CIFAR10"
@@ -145,7 +155,12 @@ class CIFAR10(ImageDataModule):
 
 
 class CIFAR100(CIFAR10):
-    """50,000 + 10,000 colour images of 100 classes, 32 x 32; otherwise as `CIFAR10`, in `cifar-100-python`."""
+    """50,000 + 10,000 colour images of 100 classes, 32 x 32; otherwise as `CIFAR10`, in `cifar-100-python`.
+
+    Example:
+        >>> CIFAR100("data").num_classes
+        100
+    """
 
     title = "CIFAR100"
     native_classes = 100
@@ -158,6 +173,16 @@ class ImageFolder(ImageDataModule):
 
     Arguments as `ImageDataModule`; images are cropped to squares about their centre and resized to `image_size`.
     They are decoded once where they fit into `memory_limit`, else for each batch (give it `num_workers` then).
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...         Path(folder, name).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(folder, name, "0.png"))
+        ...     ImageFolder(folder, image_size=8).num_classes
+        2
     """
 
     title = "the image folder"

@@ -178,6 +178,8 @@ class ImageReconstruction(_Unsupervised):
 class ContrastiveDivergence(_Unsupervised):
     """Training of a belief network by contrastive divergence, with a linear probe; optimization is manual.
 
+    Hinton 2002, 'Training products of experts by minimizing contrastive divergence' (Neural Computation 14).
+
     The network's `losses` are free energies of data over those of samples (see `ConvolutionalRBM.loss`); their sum and
     the probe's cross-entropy are lowered. Logs what `ImageReconstruction` logs; `loss` is the gap of free energies.
 

@@ -129,7 +129,7 @@ def _affinities(x: Tensor) -> Tensor:
 
 
 class SP(DistillationLoss):
-    """Similarity-preserving distillation (Tung and Mori 2019, arXiv 1907.09682).
+    """Similarity-preserving distillation (Tung and Mori 2019, arXiv 1907.09682), of features [N, ...].
 
     Small numbers: published comparisons weigh it with some 3000.
 
@@ -145,7 +145,7 @@ class SP(DistillationLoss):
 
 
 class RKD(DistillationLoss):
-    """Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068).
+    """Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068), of features [N, ...].
 
     Args:
         distance_weight: factor on the distances between two samples.
@@ -177,7 +177,7 @@ class RKD(DistillationLoss):
 
 
 class PKT(DistillationLoss):
-    """Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018, arXiv 1803.10837).
+    """Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018, arXiv 1803.10837), of features [N, ...].
 
     Very small numbers: published comparisons weigh it with some 30000.
 

@@ -26,6 +26,15 @@ class CP(Decomposition):
     (arXiv 1412.6553). Terms that grow while they cancel each other, the degeneracy that makes it hard to train (Phan et
     al. 2020, 'Stable low-rank tensor decomposition', arXiv 2008.05441), are held down: factors are found by alternating
     least squares with a Tikhonov term and all four of a term have the same norm. Cheap on paper: four small layers.
+
+    Args:
+        round_to: ranks above this are multiples of it.
+
+    Example:
+        >>> from torch import nn
+        >>> form, geometry = CP(), Geometry.of(nn.Conv2d(8, 16, 3))
+        >>> [(layer.outputs, layer.kernel) for layer in form.layers(geometry, 4)]
+        [(4, (1, 1)), (4, (3, 1)), (4, (1, 3)), (16, (1, 1))]
     """
 
     name: ClassVar[str] = "cp"

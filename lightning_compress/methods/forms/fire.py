@@ -32,6 +32,9 @@ class Fire(Ordered):
         squeeze: share of the input channels that are left between, in (0, 1].
         small: share of the outputs that get the single tap, in (0, 1).
 
+    Raises:
+        ValueError: an argument out of range.
+
     Example:
         >>> form, geometry = Fire(), Geometry.of(nn.Conv2d(16, 32, 3, padding=1))
         >>> [(layer.inputs, layer.outputs, layer.kernel) for layer in form.layers(geometry, (4, 16))]

@@ -40,6 +40,9 @@ class Ghost(Ordered):
         ratio: outputs for each primary filter, at least 2.
         kernel: side of the cheap kernels, odd.
 
+    Raises:
+        ValueError: an argument out of range.
+
     Example:
         >>> form, geometry = Ghost(ratio=2), Geometry.of(nn.Conv2d(8, 16, 3))
         >>> [(layer.outputs, layer.groups, layer.kernel) for layer in form.layers(geometry, 8)]

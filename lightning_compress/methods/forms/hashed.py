@@ -36,6 +36,9 @@ class Hashed(Structured):
         ratio: weights for each value, at least 2.
         seed: of the hash, at least 0.
 
+    Raises:
+        ValueError: an argument out of range.
+
     Example:
         >>> from torch import nn
         >>> form, geometry = Hashed(ratio=8), Geometry.of(nn.Linear(16, 10))

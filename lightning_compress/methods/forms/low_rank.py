@@ -57,6 +57,10 @@ class Decomposition(Form):
 
     Raises:
         ValueError: it is below 1.
+
+    Example:
+        >>> Spatial(round_to=8).ranks(20)
+        [16, 8, 7, 6, 5, 4, 3, 2, 1]
     """
 
     round_to: int = 1
@@ -81,6 +85,15 @@ class Channel(Decomposition):
     Zhang, Zou, He and Sun 2015, 'Accelerating very deep convolutional networks' (arXiv 1505.06798): the best of all
     such for the outputs on data are their principal components. On linear layers: Denton et al. 2014
     (arXiv 1404.0736).
+
+    Args:
+        round_to: ranks above this are multiples of it.
+
+    Example:
+        >>> from torch import nn
+        >>> form, geometry = Channel(), Geometry.of(nn.Conv2d(8, 16, 3))
+        >>> [(layer.outputs, layer.kernel) for layer in form.layers(geometry, 4)]
+        [(4, (3, 3)), (16, (1, 1))]
     """
 
     name: ClassVar[str] = "channel"
@@ -130,6 +143,15 @@ class Spatial(Decomposition):
     Jaderberg, Vedaldi and Zisserman 2014, 'Speeding up convolutional neural networks with low rank expansions'
     (arXiv 1405.3866). On data: the singular value decomposition in the metric of the input's covariance along the
     columns, then least squares in the outputs.
+
+    Args:
+        round_to: ranks above this are multiples of it.
+
+    Example:
+        >>> from torch import nn
+        >>> form, geometry = Spatial(), Geometry.of(nn.Conv2d(8, 16, 3))
+        >>> [(layer.outputs, layer.kernel) for layer in form.layers(geometry, 4)]
+        [(4, (3, 1)), (16, (1, 3))]
     """
 
     name: ClassVar[str] = "spatial"
@@ -192,6 +214,15 @@ class Tucker(Decomposition):
 
     Kim et al. 2015, 'Compression of deep convolutional neural networks for fast and low power mobile applications'
     (arXiv 1511.06530). The rank is that of the inputs and that of the outputs.
+
+    Args:
+        round_to: ranks above this are multiples of it.
+
+    Example:
+        >>> from torch import nn
+        >>> form, geometry = Tucker(), Geometry.of(nn.Conv2d(8, 16, 3))
+        >>> [(layer.outputs, layer.kernel) for layer in form.layers(geometry, (2, 4))]
+        [(2, (1, 1)), (4, (3, 3)), (16, (1, 1))]
     """
 
     name: ClassVar[str] = "tucker"

@@ -64,6 +64,10 @@ class DenseNet(nn.Module):
 
     Raises:
         ValueError: a depth that is not 3n + 4, or a growth below 1.
+
+    Example:
+        >>> DenseNet(10, 4, 3, 10, width=1.0, dropout=0.0)(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

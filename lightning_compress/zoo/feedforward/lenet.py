@@ -55,6 +55,9 @@ class LeNet5(nn.Module):
             nothing, so they are padded there.
         width: factor on the filters and hidden units.
 
+    Raises:
+        ValueError: images below 4 px.
+
     Example:
         >>> net = LeNet5()
         >>> sum(p.numel() for p in net.parameters())

@@ -63,6 +63,14 @@ class ResNet(nn.Module):
         shortcut: where the shape changes, "A" pads with zeros (the paper's on CIFAR), "B" projects by a 1 x 1
             convolution. Padded channels hold no weights, so nothing that they are added to can be cut: B prunes
             further.
+
+    Raises:
+        ValueError: a depth that is not 6n + 2, or another shortcut.
+
+    Example:
+        >>> import torch
+        >>> ResNet(8, 3, 10, width=0.5, shortcut="B")(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, depth: int, in_channels: int, num_classes: int, *, width: float, shortcut: Shortcut) -> None:

@@ -29,6 +29,10 @@ class VGG(nn.Module):
 
     Raises:
         ValueError: a depth that is not one of the paper's.
+
+    Example:
+        >>> len([m for m in VGG(13, 3, 10, width=0.125).modules() if isinstance(m, nn.Conv2d)])
+        10
     """
 
     def __init__(self, depth: int, in_channels: int, num_classes: int, *, width: float) -> None:

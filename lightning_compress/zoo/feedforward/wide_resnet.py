@@ -54,6 +54,11 @@ class WideResNet(nn.Module):
 
     Raises:
         ValueError: a depth that is not 6n + 4, or k below 1.
+
+    Example:
+        >>> import torch
+        >>> WideResNet(10, 1, 3, 10, width=0.5, dropout=0.0)(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

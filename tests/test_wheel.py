@@ -79,9 +79,9 @@ def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             done = Clean(folder / "environment", built(folder))
             venv.create(done.folder, with_pip=True, symlinks=True)
             if request.param == "index":
-                done.run(
-                    "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt"), f"{done.wheel}[export]", cwd=folder
-                )
+                constraints = str(ROOT / "constraints.txt")
+                packages = [f"{done.wheel}[export,dashboard]", "jsonargparse[signatures]"]  # that is LightningCLI's
+                done.run("pip", "install", "-qq", "-c", constraints, *packages, cwd=folder)
             else:
                 done.run("pip", "install", "-qq", "--no-deps", "--no-index", str(done.wheel), cwd=folder)
                 [site] = done.folder.glob("lib/python*/site-packages")

@@ -106,7 +106,9 @@ def export(
     require_choice("format", format, get_args(Format))
     calls = as_calls(inputs)
     if len(calls) != 1 or calls[0].path:
-        raise ExportError("a network is exported as it is called once: give one call of the network itself")
+        raise ExportError(
+            f"a network is exported as it is called once: give one call of the network itself, got {len(calls)} calls"
+        )
     call = calls[0].map(lambda tensor: tensor.detach().cpu().contiguous())
     if batch_size([call]) < 2:
         call = resize_batch([call], 2)[0]

@@ -246,7 +246,10 @@ def run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any
     step = type(module).training_step  # not the instance's: another callback may have wrapped that
     accepted = list(inspect.signature(step).parameters.values())[1:]
     if any(parameter.name == "dataloader_iter" for parameter in accepted):
-        raise MisconfigurationException("compression does not work with a `training_step` that takes `dataloader_iter`")
+        raise MisconfigurationException(
+            "compression does not work with a `training_step` that takes `dataloader_iter`; let it take "
+            "(batch, batch_idx)"
+        )
     indexed = len(accepted) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in accepted)
     arguments = (batch, 0) if indexed else (batch,)
     eager = torch.compiler.set_stance("force_eager")

@@ -100,7 +100,7 @@ class WeightPruning(MaskedWeights):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < top:
                 raise ValueError(f"`{name}` must be a share in [0, 1), e.g. 0.9, got {share!r}{as_fraction(share)}")
         if not sparsity:
-            raise ValueError("`sparsity` must be above 0")
+            raise ValueError(f"`sparsity` must be above 0, e.g. 0.9, got {sparsity!r}")
         for name, count in (("every", every), ("samples", samples)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}")
@@ -117,7 +117,9 @@ class WeightPruning(MaskedWeights):
                 f"criterion={criterion!r} gathers gradients before the first edit: `start` must be after 0"
             )
         if regrow and self.pattern.name != "unstructured":
-            raise ValueError("`regrow` goes with pattern='unstructured'")
+            raise ValueError(
+                f"`regrow` goes with pattern='unstructured', got pattern={pattern!r}; leave out one of them"
+            )
         if schedule == "one_shot":
             steps = self.steps = 1
         self.sparsity, self.criterion, self.allocation = float(sparsity), criterion, allocation
@@ -217,7 +219,10 @@ class WeightPruning(MaskedWeights):
         super().on_train_epoch_start(trainer, pl_module)
         if self.release is not None and not self.lifted and progress(trainer) >= self.release:
             if self.done < 1.0:
-                raise MisconfigurationException(f"`release`={self.release} comes before the last weights have gone")
+                raise MisconfigurationException(
+                    f"`release`={self.release} comes before the last weights have gone; let `release` be later, or "
+                    "`end` earlier"
+                )
             self.lifted = True
             rank_zero_info(f"WeightPruning: masks are lifted at epoch {trainer.current_epoch}")
 

@@ -67,7 +67,9 @@ class Selection:
         if not isinstance(self.round_to, int) or self.round_to < 1:
             raise ValueError(f"`round_to` must be an integer of at least 1, got {self.round_to!r}")
         if isinstance(self.exclude, str):
-            raise ValueError(f"`exclude` must be a list of patterns, got the string {self.exclude!r}")
+            raise ValueError(
+                f"`exclude` must be a list of patterns, got the string {self.exclude!r}; give [{self.exclude!r}]"
+            )
         if not 0 <= self.floor < 1:
             raise ValueError(f"`floor` must be in [0, 1), got {self.floor!r}")
         if not 0 <= self.sensitivity < np.inf:

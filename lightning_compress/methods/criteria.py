@@ -275,5 +275,6 @@ def score_channels(coupling: Coupling, criterion: str, saliency: Saliency | None
     if coupling.groups and all(np.isnan(scores[group.classes]).any() for group in coupling.groups):
         gradients = "it needs gradients of at least one step"
         hint = {"taylor": gradients, "fisher": gradients, "bn_scale": "it needs norm layers with a scale"}
-        raise ValueError(f"criterion {criterion!r} could score no layer; {hint.get(criterion, '')}")
+        needed = hint.get(criterion, "it has nothing to say of any weight of this network")
+        raise ValueError(f"criterion {criterion!r} could score no layer; {needed}, so take another, e.g. 'l2'")
     return scores

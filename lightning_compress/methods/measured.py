@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_compress.artifact import artifact_bytes
-from lightning_compress.budget import BudgetError
+from lightning_compress.budget import BudgetError, meant_as_share
 from lightning_compress.calls import Call
 from lightning_compress.coupling import Coupling, Settled
 from lightning_compress.edits import apply_edits, rewind_edits, skeleton
@@ -147,7 +147,7 @@ def within_latency(
         raise BudgetError(
             f"a latency of {limit:,.0f} us cannot be met: the dense network takes {stopwatch.microseconds:,.0f} us for "
             f"a batch of {BUDGET_BATCH} here, and the lowest reachable by cutting channels is "
-            f"{lowest:,.0f} us ({share:.3f} of it)"
+            f"{lowest:,.0f} us ({share:.3f} of it); ask for more{meant_as_share('latency', limit)}"
         )
     low = least
     for _ in range(PROBES):

@@ -67,7 +67,9 @@ def score(
         return size * norm.view(1, -1, *[1] * (size.dim() - 2))
     if criterion in GATHERED:
         if gathered is None or gathered.shape != weight.shape:
-            raise ValueError("no gradient has reached it before the first edit")
+            raise ValueError(
+                "no gradient has reached it before the first edit; let `start` be later, or name it in `exclude`"
+            )
         if criterion == "grasp":
             if not gathered.isfinite().all():
                 raise ValueError("the second derivatives of the loss are not finite; train in another precision")

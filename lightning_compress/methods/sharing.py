@@ -69,7 +69,7 @@ def cluster(weight: Tensor, values: int, start: Start = "exact", groups: int = 1
         raise ValueError(f"`start` must be one of exact, linear, density, random, got {start!r}")
     flat = weight.detach().cpu().double().numpy().reshape(-1)
     if not np.isfinite(flat).all():
-        raise ValueError("weights that are not finite cannot be shared")
+        raise ValueError("weights that are not finite cannot be shared: has training diverged before the edit?")
     alive = flat[flat != 0]
     code = np.zeros(len(flat), np.int32)
     book = np.zeros(0)

@@ -172,7 +172,7 @@ def test_a_budget_that_cannot_be_met_is_refused_before_training(tmp_path: Path) 
         ({"bits": {"*": 12}}, "`bits` must be from 1 to 8, got 12"),
         ({"bits": None}, "give either `bits` or `budget`"),
         ({"bits": 4, "budget": Budget(bytes=0.1)}, "give either `bits` or `budget`"),
-        ({"bits": None, "budget": Budget(macs=0.1)}, "`budget` must be one of bytes"),
+        ({"bits": None, "budget": Budget(macs=0.1)}, "`budget` must be a Budget of bytes alone"),
         ({"clustering": "best"}, "`clustering` must be one of exact, linear, density, random"),
         ({"gradient": "max"}, "`gradient` must be mean or sum"),
         ({"groups": 0}, "`groups` must be an integer of at least 1"),

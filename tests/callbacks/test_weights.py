@@ -247,7 +247,7 @@ def test_another_network_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1.0}, r"`sparsity` must be a share in \[0, 1\), got 1\.0"),
+        ({"sparsity": 1.0}, r"`sparsity` must be a share in \[0, 1\), e.g. 0.9, got 1\.0"),
         ({"sparsity": 0.0}, "`sparsity` must be above 0"),
         ({"criterion": "size"}, "`criterion` must be one of magnitude, taylor, movement, snip, grasp, wanda, random"),
         ({"allocation": "even"}, "`allocation` must be one of global, uniform, erk, lamp"),

@@ -27,7 +27,7 @@ from lightning_compress.methods.replaceable import Layer, find_layers
 from lightning_compress.methods.sequential import Planned, fit, replacement
 from lightning_compress.methods.timing import time_candidates
 from lightning_compress.quiet import without_observers
-from lightning_compress.waiting import following, working
+from lightning_compress.waiting import following
 from lightning_compress.wording import near_names, require_choice
 
 __all__ = ["Allocation", "Planner", "Replaced", "replace_layers"]
@@ -254,14 +254,13 @@ class Planner:
             if batches[-1] and moments.bytes + sum(other.bytes for other in batches[-1].values()) > MEMORY:
                 batches.append({})
             batches[-1][layer.path] = moments
-        for batch in filter(None, batches):
+        for batch in following(filter(None, batches), "calibrating: finding the ranks that layers can have"):
 
             def see(path: str, x: Tensor, y: Tensor, kept: dict[str, Moments] = batch) -> None:
                 kept[path].add(x, y)
 
-            with working("calibrating: running the network on calibration data"):
-                visit(self.model, self.layers, list(batch), calibration, see)
-            for layer in following(self.replaceable, "finding the ranks that layers can have"):
+            visit(self.model, self.layers, list(batch), calibration, see)
+            for layer in self.replaceable:
                 if layer.path in batch:
                     found[layer.path] = self._weigh(layer, batch.pop(layer.path))
         return found

@@ -58,7 +58,7 @@ def _hydra_main(config: DictConfig) -> float | list[float]:
         job = Job(folder, config_digest(config))
         about = describe(hydra_config)
     except OmegaConfBaseException as error:  # a value that must be given, an interpolation that leads nowhere
-        said = "the configuration cannot be resolved; a missing value is given as in data.root=FOLDER:"
+        said = "values that are missing are given as in data.root=FOLDER; the configuration cannot be resolved:"
         raise JobError(said) from error  # Hydra prints the cause as well
     results = job.finished()
     names = [config.objective] if isinstance(config.objective, str) else list(config.objective)

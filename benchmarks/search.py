@@ -2,8 +2,8 @@
 
     python benchmarks/search.py [--quick] [--arch NAME] [--seeds N] [--json FILE]
 
-Each side is `lightning-compress sweep=pareto` on digits: NSGA-II from the recipe's first points, and random search in
-the same space. The hypervolume is the share of the rectangle between the dense network's MACs at accuracy 0 and no MACs
+Each side is `lightning-compress sweep=pareto` on digits: NSGA-II and a Gaussian process from the recipe's first points,
+and random search in the same space. The hypervolume is the share of the rectangle between the dense network's MACs at accuracy 0 and no MACs
 at accuracy 1 that the front dominates, on the validation set, which is what is searched on. Written to the JSON file
 search by search, and a search goes on where it was.
 """
@@ -33,10 +33,11 @@ SIDES = {
     "Gaussian process": ["hydra.sweeper.sampler=gp"],
     "random": ["hydra.sweeper.sampler=random", "hydra.sweeper.first=[]"],
 }
+WIDTH = 0.35  # wider, LeNet-5 keeps its accuracy at any budget, and all searches are alike
 COMMON = [
     "sweep=pareto",
     "data=digits",
-    "arch.width=0.35",  # wider, LeNet-5 keeps its accuracy at any budget, and all searches are alike
+    f"arch.width={WIDTH}",
     "logger=none",
     "pictures=null",
     "hydra.callbacks.sweep.dashboard=false",
@@ -81,7 +82,7 @@ def search(arch: str, side: str, seed: int, trials: int, work: Path) -> Found:
 
 def case_of(arch: str) -> str:
     """What the JSON file calls a network's searches."""
-    return f"{arch}, digits"
+    return f"{arch} of {WIDTH:g} of its width, digits"
 
 
 def print_table(results: Results, case: str, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from tests.test_notebooks import script
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -138,8 +139,6 @@ def test_with_lightning_cli(clean: Clean, tmp_path: Path) -> None:
 
 
 def test_the_first_notebook_runs_as_a_script(clean: Clean, tmp_path: Path) -> None:
-    cells = json.loads((ROOT / "notebooks" / "01_add_to_your_run.ipynb").read_text())["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    (tmp_path / "script.py").write_text(code)
+    (tmp_path / "script.py").write_text(script("01_add_to_your_run"))
     text = clean.run("python", "script.py", cwd=tmp_path)
     assert "the same digit on all 360 images" in text

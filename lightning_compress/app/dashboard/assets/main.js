@@ -1,6 +1,7 @@
 // Beginning, and the address: a link to the page holds what is chosen in it.
 
 function writeHash() {
+  if (location.protocol === "about:") return; // a page without an address of its own, as in a notebook's frame
   const hash = new URLSearchParams({ x: state.x, y: state.y });
   const flags = { rel: state.relative, lx: state.logX, ly: state.logY };
   for (const [name, on] of Object.entries(flags)) if (on) hash.set(name, "1");
@@ -10,11 +11,7 @@ function writeHash() {
   if (state.sort.key !== "label" || state.sort.down) hash.set("sort", (state.sort.down ? "-" : "") + state.sort.key);
   for (const index of state.chosen) hash.append("chosen", runs[index].folder);
   for (const dialog of document.querySelectorAll("dialog[data-shows]")) hash.set("open", dialog.dataset.shows);
-  try {
-    history.replaceState(null, "", `#${hash}`);
-  } catch {
-    // a page without an address of its own, as in the frame that a notebook shows it in
-  }
+  history.replaceState(null, "", `#${hash}`);
 }
 
 // By their folders: the page may have been written anew since, with more runs in it.

@@ -3,9 +3,9 @@
     python benchmarks/search.py [--quick] [--arch NAME] [--seeds N] [--json FILE]
 
 Each side is `lightning-compress sweep=pareto` on digits: NSGA-II and a Gaussian process from the recipe's first points,
-and random search in the same space. The hypervolume is the share of the rectangle between the dense network's MACs at accuracy 0 and no MACs
-at accuracy 1 that the front dominates, on the validation set, which is what is searched on. Written to the JSON file
-search by search, and a search goes on where it was.
+and random search in the same space. The hypervolume is the share of the rectangle between the dense network's MACs at
+accuracy 0 and no MACs at accuracy 1 that the front dominates, on the validation set, which is what is searched on.
+Written to the JSON file search by search, and a search goes on where it was.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_another_question_is_another_study(tmp_path: Path) -> None:
     ("build", "said"),
     [
         (lambda folder: space("seed=1"), "nothing to search"),
-        (lambda folder: opened(folder, sampler="grid"), "one of nsgaii, tpe, random, got 'grid'"),
+        (lambda folder: opened(folder, sampler="grid"), "one of nsgaii, gp, tpe, random, got 'grid'"),
         (lambda folder: opened(folder, population=1), "at least 2, got 1"),
         (lambda folder: opened(folder, first=[{"z": 1}]), "names z, but searched are x, y"),
         (lambda folder: opened(folder, first=[{"x": 2.0}]), "x=2.0, which is not in"),
